@@ -42,6 +42,10 @@ class OneThread:
                 "of one run: let one wait for the other (a threading.Lock around the pipeline's call), or give each "
                 "thread a pipeline with a transformer of its own, accelerated by itself."
             )
+        self.take()
+
+    def take(self) -> None:
+        """A pass begins in this thread, and is not refused."""
         pipe = running_pipeline()
         self._thread, self._pipe = threading.get_ident(), None if pipe is None else ref(pipe)
 

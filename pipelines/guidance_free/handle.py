@@ -15,11 +15,12 @@ from ..base_check import check_base, place_of
 from ..few_steps.grid import GridScheduler
 from ..named_lora import one_for_each
 from ..removed import refuse_removed
+from ..running_pipeline import running_pipeline
 from ..undo import GUIDANCE_FREE, PRESET
 from ..weight_files import transformer_file
 from .adapter_file import OWN_FILE, GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from .beta import no_slot
-from .installed import Installed
+from .installed import Installed, has_adapter
 
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -39,13 +40,19 @@ class GuidanceFree:
         self.adapters = tuple(chosen.values())
         self.sigmas = _common_sigmas(self.adapters)
         self._check_scheduler(pipe)
+        for name, transformer in parts.items():
+            if has_adapter(transformer):
+                raise RuntimeError(
+                    f"the {name} of this {type(pipe).__name__} is guidance-free already, of another pipeline that "
+                    "shares it: call remove() on its handle first, or give this one a transformer of its own."
+                )
         self._pipe: Any = pipe
         self._class: Any = type(pipe)
         self._installed: list[Installed] = []
         self._active = True
         try:
             for name, transformer in parts.items():
-                scale = functools.partial(self.scale, name)
+                scale = functools.partial(self._scale_of_pass, name)
                 self._installed.append(Installed(pipe, name, transformer, chosen[name], scale, merge))
         except BaseException:
             self.remove()  # the first of two transformers must not stay changed when the second cannot be
@@ -68,13 +75,27 @@ class GuidanceFree:
             )
 
     def scale(self, part: str) -> float:
-        """The guidance scale of the call that runs, of one of the transformers; 1 and less are no guidance."""
+        """The guidance scale of the pipeline's call, of one of the transformers; 1 and less are no guidance."""
         own = getattr(self._pipe, "_guidance_scale_2", None) if part == "transformer_2" else None
         return float(getattr(self._pipe, "_guidance_scale", 1.0) if own is None else own)
 
+    def _scale_of_pass(self, part: str) -> float | None:
+        """The same; None for a pass of another pipeline that shares the transformer."""
+        running = running_pipeline()
+        if running is None or running is self._pipe:
+            return self.scale(part)
+        if self.sigmas is not None and isinstance(running.scheduler, GridScheduler):
+            raise GuidanceFreeError(
+                f"this {type(running).__name__} shares the {part} of a guidance-free pipeline, and makes its passes "
+                f"without the adapter, for whose {len(self.sigmas)} steps its scheduler is: give it a scheduler of its "
+                "own, as by from_pipe(pipe, scheduler=...)."
+            )
+        return None
+
     def notes(self) -> list[str]:
-        """Of each transformer, where the LoRA is and what that costs; after a call of the pipeline."""
-        return [installed.note() for installed in self._installed] if self._active else []
+        """Of each transformer, where the LoRA is and what that costs; after a call of the pipeline. And whether other
+        pipelines that share it made passes, which have no guidance in them."""
+        return [note for installed in self._installed for note in installed.notes()] if self._active else []
 
     def check_call(self, negative_prompt: Any, negative_prompt_embeds: Any) -> None:
         """Raise GuidanceFreeError for a call that the adapter cannot do."""
@@ -124,8 +145,9 @@ def guidance_free(
 
     `guidance_scale` keeps its meaning: the transformer is told 1 / guidance_scale. Works with `accelerate`, in either
     order, with offloading, and beside other LoRAs. A step has half the passes. The LoRA is merged into the weights for
-    the guidance scale of a call, in its first step, and stays there until another scale, `remove()`, or saving. Other
-    pipelines with the same transformer are changed with this one.
+    the guidance scale of a call, in its first step, and stays there until another scale, `remove()`, or saving. Passes
+    of other pipelines with the same transformer, which may make two a step, are made without the adapter: each change
+    from one to the other merges it anew.
 
     An adapter of the recipe `consistency` makes few steps as well: the pipeline has a scheduler with its noise levels
     meanwhile, which refuses another number of steps.
@@ -146,7 +168,7 @@ def guidance_free(
         GuidanceFreeError: an adapter that cannot be read, or is for another transformer; a transformer without a place
             for it, or whose weights cannot be changed where `merge` is True. Later, in calls of the pipeline: a
             negative prompt, a guidance scale above those of the training, or projections that were fused.
-        RuntimeError: the pipeline is guidance-free already.
+        RuntimeError: the pipeline, or another one that shares a transformer, is guidance-free already.
     """
     places = [adapter] if isinstance(adapter, str | Path) else adapter
     return GuidanceFree(pipe, None if places is None else [read_adapter(place) for place in places], base, merge)
@@ -262,7 +284,7 @@ def _handle_of(pipe: Any) -> GuidanceFree:
         raise GuidanceFreeError(
             f"this {type(pipe).__name__} has the class of a guidance-free one and no adapter: call remove() on the "
             "handle of that one before making others by type(pipe), or make them by the class itself, as by "
-            "diffusers.WanPipeline.from_pipe(pipe)."
+            "diffusers.WanPipeline.from_pipe(pipe), which guide by two passes without the adapter."
         )
     return handle  # type: ignore[no-any-return]
 

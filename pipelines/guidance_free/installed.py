@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..acceleration.copies import CopiedNotPickled
+from ..acceleration.one_thread import OneThread
 from ..errors import first_line
 from ..group_offloading import is_on_disk, is_streamed
 from ..guidance_branches import is_compiled_whole
@@ -32,7 +33,8 @@ class Installed(CopiedNotPickled):
         name: of the transformer in it.
         transformer: without what wraps it.
         adapter: for it.
-        scale: of the call that runs; 1 and less are no guidance.
+        scale: of the call that runs; 1 and less are no guidance. None in calls of other pipelines that share the
+            transformer: their passes, which may be two a step, are those of the base.
         merge: the LoRA into the weights; None for where it can be.
 
     Raises:
@@ -45,7 +47,7 @@ class Installed(CopiedNotPickled):
         name: str,
         transformer: Any,
         adapter: GuidanceFreeAdapter,
-        scale: Callable[[], float],
+        scale: Callable[[], float | None],
         merge: bool | None,
     ) -> None:
         self.name, self.transformer, self.adapter = name, transformer, adapter
@@ -59,6 +61,8 @@ class Installed(CopiedNotPickled):
         self._beside = ""
         """Why the LoRA is not merged."""
         self._told = False
+        self._threads = OneThread()
+        self._of_others = 0
         if merge and (refusal := self._why_not_merged()):
             raise GuidanceFreeError(f"{adapter.path.name} cannot be merged: {refusal}. Leave merge out, or fix that.")
         if is_compiled_whole(pipe, name, transformer):
@@ -73,8 +77,16 @@ class Installed(CopiedNotPickled):
             transformer.register_load_state_dict_pre_hook(self._put_back),
         ]
 
-    def note(self) -> str:
-        """Where the LoRA is, and what that costs."""
+    def notes(self) -> list[str]:
+        """Where the LoRA is, and what that costs; and the passes that were made without it."""
+        notes = [self._note()]
+        if self._of_others:
+            notes.append(
+                f"{self.name}: {self._of_others} passes of other pipelines that share it were made without the adapter"
+            )
+        return notes
+
+    def _note(self) -> str:
         if self.adapter.full:
             return f"{self.name}: all weights were trained for guidance in one pass, so there is no LoRA"
         if self._beside or self._merge is False:
@@ -103,11 +115,27 @@ class Installed(CopiedNotPickled):
                 f"the projections of {self.name}.{fused} are fused, and {self.adapter.path.name} is for each of them: "
                 "call unfuse_qkv_projections() first."
             )
-        scale = max(1.0, self._scale())
-        if scale != self._at:
+        told = self._scale()
+        scale = None if told is None else max(1.0, told)
+        if scale != self._at or (scale is None and self._embedding is not None):
+            if self._threads.is_taken(module, goes_on=False):
+                raise GuidanceFreeError(
+                    f"{self.name} is called by two threads at once, at guidance scales (or by pipelines) for which its "
+                    "weights are not the same: let one wait for the other (a threading.Lock around the call), or give "
+                    "each a transformer of its own."
+                )
             self._change(scale)
+        self._threads.take()
+        if scale is None:
+            self._of_others += 1
 
-    def _change(self, scale: float) -> None:
+    def _change(self, scale: float | None) -> None:
+        if scale is None:
+            with torch.no_grad():
+                for update in self._updates:
+                    update.stand_aside()
+            self._at = self._embedding = None
+            return
         highest = self.adapter.max_scale if self.adapter.gated else None
         gate = gate_of(scale, highest)
         with torch.no_grad():
@@ -147,6 +175,13 @@ class Installed(CopiedNotPickled):
             for update in self._updates:
                 update.remove()
         self._at = self._embedding = None
+
+
+def has_adapter(transformer: nn.Module) -> bool:
+    """Whether one is at work in a transformer, of whatever pipeline that has it."""
+    return any(
+        isinstance(getattr(hook, "__self__", None), Installed) for hook in transformer._forward_pre_hooks.values()
+    )
 
 
 def _parts(

@@ -128,6 +128,11 @@ class LowRank(CopiedNotPickled):
         if self._hook is None:
             self._hook = SeenHook(self.layer, self._add)
 
+    def stand_aside(self) -> None:
+        """Have the update not count until it is merged, or stands beside, again."""
+        self.restore()
+        self._gate = 0.0
+
     def _add(self, module: nn.Module, args: tuple[torch.Tensor, ...], made: torch.Tensor) -> torch.Tensor | None:
         if self._gate == 0:
             return None

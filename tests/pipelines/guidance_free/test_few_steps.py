@@ -118,3 +118,13 @@ def test_a_header_without_its_steps(tmp_path, base, pipe):
     header = {name: value for name, value in FEW.items() if name != "few_steps"}
     with pytest.raises(GuidanceFreeError, match="its header lacks 'few_steps'"):
         vidaccel.guidance_free(pipe, write_adapter(tmp_path, base, make_transformer(), **header))
+
+
+def test_a_pipeline_that_shares_the_transformer_needs_steps_of_its_own(pipe, adapter):
+    """It makes its passes without the adapter that the levels are of."""
+    with vidaccel.guidance_free(pipe, adapter):
+        other = WanPipeline.from_pipe(pipe)
+        with pytest.raises(
+            GuidanceFreeError, match="for whose 4 steps its scheduler is: give it a scheduler of its own"
+        ):
+            made(other, 2.0, steps=4)

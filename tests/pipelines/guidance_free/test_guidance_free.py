@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_dc import generate_dc, make_dc_pipe
 from tiny_pipelines import cogvideox
-from tiny_wan import make_pipe, make_transformer
+from tiny_wan import make_pipe, make_scheduler, make_transformer
 
 import vidaccel
 from vidaccel import DCVideoGenPipeline
@@ -161,6 +162,46 @@ def test_a_pipeline_of_its_class_has_no_adapter(tmp_path, pipe, adapter):
             made(other)
         with pytest.raises(GuidanceFreeError, match=words):
             other.save_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("merge", [None, False])
+def test_a_pipeline_that_shares_the_transformer_is_the_base(pipe, adapter, merge):
+    """Its two passes a step guide already; and without them it is what it was."""
+    other = WanPipeline.from_pipe(pipe, scheduler=make_scheduler())
+    other.set_progress_bar_config(disable=True)
+    guided, plain = made(other), made(other, 1.0)
+    with vidaccel.guidance_free(pipe, adapter, merge=merge) as handle:
+        wanted = made(pipe)
+        assert not wanted.equal(guided) and len(handle.notes()) == 1
+        for _ in range(2):
+            assert made(other).equal(guided) and made(other, 1.0).equal(plain)
+            assert made(pipe).equal(wanted)
+        assert "18 passes of other pipelines that share it were made without the adapter" in handle.notes()[1]
+        with pytest.raises(RuntimeError, match="guidance-free already, of another pipeline that shares it"):
+            vidaccel.guidance_free(other, adapter)
+    assert made(other).equal(guided)
+
+
+def test_another_thread_does_not_change_the_weights_of_a_pass(pipe, adapter):
+    other = WanPipeline.from_pipe(pipe, scheduler=make_scheduler())
+    errors = []
+
+    def call() -> None:
+        with pytest.raises(GuidanceFreeError) as raised:
+            made(other)
+        errors.append(str(raised.value))
+
+    def elsewhere(*_) -> None:
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+
+    with vidaccel.guidance_free(pipe, adapter):
+        wanted = made(pipe)
+        hook = pipe.transformer.blocks[0].register_forward_hook(elsewhere)
+        assert made(pipe).equal(wanted)
+        hook.remove()
+    assert len(errors) == 3 and all("called by two threads at once" in text for text in errors)
 
 
 def test_two_transformers(tmp_path):
