@@ -159,7 +159,6 @@ def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, be
     from ..pipelines.cfg_parallel.handle import unshared_guidance
     from ..pipelines.guidance_branches import tells_guidance
     from ..pipelines.loading import find_class
-    from ..pipelines.presets.levers import FORECAST
 
     if one_pass:
         return "guidance is in one pass, so there is no second one to share"
@@ -167,8 +166,6 @@ def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, be
         return "there is no guidance to share"
     if beside is not None and beside.guidance_cache is not None:
         return "the guidance cache leaves second passes out, so there is little to share"
-    if beside is not None and beside.cache is not None and beside.cache.name == FORECAST:
-        return "the forecast cache decides by both branches of a step, and each process would see one"
     family = family_of(facts.pipeline_class)
     if family is None:
         return f"the branches of a {facts.pipeline_class} are not known"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ..acceleration.families import Family, find_transformers
+from ..diffusers_hooks import FORECAST_HOOK, hooks_of
 from ..guidance_branches import TWO, StepIsGuided, check_not_compiled, guidance_of, other_branches
 from ..guidance_cache.passes import LeftOutPasses
 from ..guidance_cache.samples import LeftOutSamples
@@ -71,6 +73,20 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
                 hook = SplitBatch(pair, name, table)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
+        self._forecast(pair.most)
+
+    def _forecast(self, agree: Callable[[float, torch.device], float] | None) -> None:
+        """Have forecast caches decide by both branches, of which each process computes one; None for by their own."""
+        for transformer, _ in self._hooked.values():
+            forecast = hooks_of(transformer).get(FORECAST_HOOK)
+            if forecast is not None:
+                forecast.agree_by(agree)
+
+    def remove(self) -> None:
+        """Put the pipeline back as it was. A second call does nothing."""
+        if self._active:
+            self._forecast(None)
+        super().remove()
 
     def note(self) -> str:
         """What this process computed since the start, and what came from the other one."""
@@ -91,7 +107,8 @@ def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParall
 
     Both processes run the same call of the pipeline with the same seed, and both get the video, the same to the bit.
     Works with `accelerate`, in either order, and beside Ulysses in groups of two: then with one group of each pair.
-    Sparse methods, caches and reports are of the branch that a process computes. Without guidance, as with
+    Sparse methods, caches and reports are of the branch that a process computes; forecast caches decide together, with
+    a number exchanged in each step, so all calls of the pipeline are made by both. Without guidance, as with
     `guidance_free`, there is nothing to share, and each process computes all.
 
     Args:

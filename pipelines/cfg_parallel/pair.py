@@ -44,6 +44,16 @@ class Pair:
             made.append(both)
         return made
 
+    def most(self, value: float, device: torch.device) -> float:
+        """The larger of the two processes' values. The host waits for the GPU.
+
+        Args:
+            value: of this process.
+            device: that tensors are exchanged from.
+        """
+        (both,) = self.exchange([torch.tensor([value], dtype=torch.float32, device=device)])
+        return float(torch.cat(both).max())
+
     def check_alike(self, latents: torch.Tensor, name: str) -> None:
         """Raise RuntimeError, in both processes, where their latents are not the same. The host waits for the GPU."""
         x = latents.detach().double()

@@ -7,7 +7,7 @@ well is known at each computed step, at no cost: what would have been forecast t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -121,6 +121,9 @@ class Forecasts:
 
     def __init__(self, settings: ForecastSettings) -> None:
         self._settings = settings
+        self.agree: Callable[[float, torch.device], float] | None = None
+        """Where processes compute a branch each: gives all of them the largest of their errors, and is asked by all in
+        the same steps."""
         self.begin()
 
     def begin(self) -> None:
@@ -149,25 +152,37 @@ class Forecasts:
             self._step = step.step
             if self._way.jumps(place, latents):
                 self._branches = {}  # what they say of the way is of another one
-            self._forecast = not keep and self._near(step, place)
+            self._forecast = self._near(step, place, keep, latents.device)
             self._in_a_row = self._in_a_row + 1 if self._forecast else 0
-        known = self._branches.get(step.branch)
-        return keep or not self._forecast or known is None or len(known.points) < POINTS or known.step != self._latest
+        return keep or not self._forecast or not self._is_known(step.branch)
 
-    def _near(self, step: StepInfo, place: float) -> bool:
+    def _is_known(self, name: str) -> bool:
+        """Whether a branch was computed in the last computed step, and often enough."""
+        branch = self._branches.get(name)
+        return branch is not None and len(branch.points) == POINTS and branch.step == self._latest
+
+    def _near(self, step: StepInfo, place: float, keep: bool, device: torch.device) -> bool:
         """Whether the forecast of a step is near enough."""
         its = self._settings
+        # By what all processes know alike, as they know what they agreed on.
         if step.step < its.first_steps or (step.num_steps is not None and step.step >= step.num_steps - its.last_steps):
             return False
-        if not self._branches or (its.most and self._in_a_row >= its.most):
+        if its.most and self._in_a_row >= its.most:
             return False
+        error = float("inf") if keep else self._error(place)
+        if self.agree is not None:
+            error = self.agree(error if self._is_known(step.branch) else float("inf"), device)
+        near = error <= its.tolerance
+        if not keep and self._branches:
+            (self.errors if near else self.refused).append(error)
+        return near
+
+    def _error(self, place: float) -> float:
+        """How far the forecasts of all branches are estimated to be off; infinite where nothing is known."""
         # Guidance may leave a branch out in some steps, or another process have it.
         going_on = [branch for branch in self._branches.values() if branch.step == self._latest]
         # Of noise and of what a flow makes, the difference is the same but for the share of the video.
-        error = max(branch.error(place) for branch in going_on) / max(1 - place, 1e-9)
-        near = error <= its.tolerance
-        (self.errors if near else self.refused).append(error)
-        return near
+        return max((branch.error(place) for branch in going_on), default=float("inf")) / max(1 - place, 1e-9)
 
     def add(self, step: StepInfo, place: float, noise: Sequence[torch.Tensor], dtype: torch.dtype) -> None:
         """Take the noise, float32, that a computed pass saw in each of its latents, which it got in a `dtype`."""

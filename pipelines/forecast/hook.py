@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -72,6 +72,10 @@ class Forecast(ModelHook):
             f"forecast: {len(errors)} steps of the {self._name} in the last run; what it makes in them is estimated to "
             f"be off by {mean:.3f} of its size, {most:.3f} at most"
         ]
+
+    def agree_by(self, agree: Callable[[float, torch.device], float] | None) -> None:
+        """Have it decide with another process, see `Forecasts.agree`; None for alone."""
+        self._forecasts.agree = agree
 
     @property
     def could_not(self) -> bool:

@@ -57,7 +57,7 @@ def out_of(count, wanted, facts) -> Sharing:
         (4, "auto", {"one_pass": True}, Sharing(1, 4)),
         (2, "auto", {"beside": Preset(guidance_cache=GuidanceCache(every=4))}, Sharing(1, 2)),
         (2, "auto", {"beside": Preset(cache=Cache("first_block"))}, Sharing(2, 1)),
-        (4, "auto", {"beside": Preset(cache=Cache("forecast"))}, Sharing(1, 4)),
+        (4, "auto", {"beside": Preset(cache=Cache("forecast"))}, Sharing(2, 2)),
     ],
 )
 def test_what_is_shared(count, wanted, more, made):
@@ -76,7 +76,6 @@ def test_what_is_shared(count, wanted, more, made):
         (2, "both", {}, "^processes is 2: guidance alone takes two. Give 4"),
         (2, "guidance", {"guidance_scale": 1.0}, "^share is guidance: there is no guidance to share. Give sequence"),
         (2, "guidance", {"one_pass": True}, "guidance is in one pass"),
-        (2, "guidance", {"beside": Preset(cache=Cache("forecast"))}, "the forecast cache decides by both branches"),
         (7, "sequence", {"facts": WAN}, "^processes is 7: .* the model has 3. Give fewer"),
         (2, "sequence", {"beside": Preset(cache=Cache("seacache"))}, "^share is sequence: the cache seacache decides"),
         (4, "auto", {"beside": Preset(cache=Cache("first_block"))}, "^processes is 4: the cache first_block .* by 2"),

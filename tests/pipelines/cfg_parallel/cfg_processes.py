@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import sys
 from pathlib import Path
@@ -86,7 +87,11 @@ def beside_others() -> dict[Any, Any]:
             assert cache.name != "forecast" or counts["skipped"]
             # Six steps: of the two passes of each, one is the other process's, but for the first pair.
             assert counts["forwards"] in (6, 7)
+    made |= near_forecasts()
     made |= beside_offloading() | offloaded_whole() | cache_gone_first()
+    pipe = make_pipe()
+    with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 0.5))):
+        both("forecast, no guidance", pipe, steps=12, guidance_scale=1.0)
     both("bfloat16", make_pipe().to(torch.bfloat16))
     both("no guidance", make_pipe(), guidance_scale=1.0)
     both("two transformers", make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9), steps=6)
@@ -103,6 +108,25 @@ def beside_others() -> dict[Any, Any]:
     made["restored", "hooks"] = list(hooks_of(pipe.transformer))
     made |= {("own loop", called): own_loop(called) for called in (True, False)}
     return made | of_from_pipe()
+
+
+def near_forecasts() -> dict[Any, Any]:
+    """Forecasts at tolerances that one branch meets in steps in which the other does not; and of half a batch."""
+    made: dict[Any, Any] = {}
+    batch = lambda pipe: latents(pipe, MOCHI, MOCHI.sizes[0], num_inference_steps=12)  # noqa: E731
+    for name, pipe, run in (
+        ("two passes", make_pipe(), lambda pipe: generate(pipe, steps=20)),
+        ("a batch", built(MOCHI), batch),
+    ):
+        for tolerance in (0.1, 0.15, 0.2, 0.3, 0.5, 1.0):
+            with vidaccel.apply(pipe, Preset(cache=Cache("forecast", tolerance))) as handle:
+                for how in ("alone", "shared"):
+                    with cfg_parallel(pipe) if how == "shared" else contextlib.nullcontext():
+                        made[name, tolerance, how] = run(pipe)
+                    steps = handle.report().last().steps
+                    made[name, tolerance, how, "skipped"] = [step.step for step in steps if step.skipped]
+                assert run(pipe).equal(made[name, tolerance, "alone"])  # decides alone again
+    return {("near forecasts", key): value for key, value in made.items()}
 
 
 def of_from_pipe() -> dict[Any, Any]:

@@ -23,6 +23,7 @@ BESIDE = (
     *STAYS,
     "bfloat16",
     "no guidance",
+    "forecast, no guidance",
     "two transformers",
     "compiled blocks",
     "copied",
@@ -100,6 +101,22 @@ def test_beside_other_levers(launched, what):
 
 def test_restore_by_a_pipeline_that_shares_the_transformer_leaves_no_hook(launched):
     assert [process["beside"]["restored", "hooks"] for process in launched] == [[], []]
+
+
+def test_forecasts_are_decided_by_both_branches(launched):
+    """Each process would skip by its own branch, which is near enough in other steps."""
+    found = [
+        {key: made for (what, key), made in process["beside"].items() if what == "near forecasts"}
+        for process in launched
+    ]
+    cases = sorted({key[:2] for key in found[0]})
+    for one in found:
+        for case in cases:
+            assert one[*case, "shared", "skipped"] == one[*case, "alone", "skipped"]
+            tolerance = 0.0 if case[0] == "two passes" else 1e-3
+            torch.testing.assert_close(one[*case, "shared"], one[*case, "alone"], atol=tolerance, rtol=tolerance)
+    for name in ("two passes", "a batch"):  # and that is not always the same
+        assert len({str(found[0][*case, "shared", "skipped"]) for case in cases if case[0] == name}) > 1
 
 
 @pytest.mark.parametrize("what", STAYS)
