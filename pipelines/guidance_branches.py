@@ -172,6 +172,15 @@ def latents_of(args: tuple, kwargs: Mapping[str, Any]) -> Any:
     return kwargs.get("hidden_states", args[0] if args else None)
 
 
+def are_of_one_video(latents: Any, others: Any) -> bool:
+    """Whether what two passes, or two halves of a batch, are given may be two branches of guidance: they work on the
+    same latents. Within calls the pipeline says what they are, and nothing is compared, for which a GPU is waited for.
+    """
+    if running_pipeline() is not None or not isinstance(latents, torch.Tensor) or latents is others:
+        return True
+    return isinstance(others, torch.Tensor) and latents.shape == others.shape and torch.equal(latents, others)
+
+
 def samples_in(args: tuple, kwargs: Mapping[str, Any]) -> int:
     """Samples of the batch of a forward pass."""
     latents = latents_of(args, kwargs)

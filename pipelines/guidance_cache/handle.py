@@ -55,7 +55,12 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
             steps = hook.made + hook.extrapolated + hook.skipped
             unknown = self._guided[name].notes(name)
             found += [f"guidance cache: {note}" for note in unknown]
-            if not steps and not unknown:
+            if hook.unlike:
+                found.append(
+                    f"guidance cache: {hook.unlike} passes of the {name} were made outside of a call of the pipeline, "
+                    "of two videos and not two branches of one: they were computed in full"
+                )
+            if not steps and not unknown and not hook.unlike:
                 found.append(f"guidance cache: no step of the {name} had two branches of guidance")
             elif uncounted := self._differences[name].uncounted:
                 found.append(
@@ -82,7 +87,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
     def reset(self) -> None:
         """Count from here."""
         for _, hook in self._hooked.values():
-            hook.made = hook.extrapolated = hook.skipped = 0
+            hook.made = hook.extrapolated = hook.skipped = hook.unlike = 0
         for guided in self._guided.values():
             guided.forget()
         for differences in self._differences.values():

@@ -12,7 +12,7 @@ from ...attention import StepInfo
 from ..acceleration.left_out import a_cache_left_it_out
 from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import GUIDANCE_CACHE_HOOK
-from ..guidance_branches import TWO, check_outermost, tensors_in, with_tensors
+from ..guidance_branches import TWO, are_of_one_video, check_outermost, latents_of, tensors_in, with_tensors
 from ..hooked import HandleOf
 from .differences import Differences
 
@@ -31,11 +31,14 @@ class LeftOutPasses(ModelHook):
     def __init__(self, model: str, place: Callable[[Any, tuple, dict[str, Any]], StepInfo], differences: Differences):
         super().__init__()
         self._model, self._place, self._differences = model, place, differences
-        self._first: tuple[StepInfo, Any, bool] | None = None  # what the first pass gave, and whether it was computed
+        # Of the first pass what it was given, what it gave, and whether it was computed.
+        self._first: tuple[StepInfo, Any, Any, bool] | None = None
         self.left_out = False
         """Whether the last pass was."""
         self.made, self.extrapolated, self.skipped = 0, 0, 0
         """Second passes that were computed, that were extrapolated, and that a cache over steps left out."""
+        self.unlike = 0
+        """Passes outside of calls that came second in a step, and are of another video than the first."""
 
     def install(self, transformer: torch.nn.Module) -> None:
         """Put it on a transformer."""
@@ -68,11 +71,14 @@ class LeftOutPasses(ModelHook):
         first, self._first = self._first, None  # an error leaves no half step behind
         if step.branch == TWO[0]:
             made = forward(*args, **kwargs)
-            self._first = (step, made, not a_cache_left_it_out(module))
+            self._first = (step, latents_of(args, kwargs), made, not a_cache_left_it_out(module))
             return made
         if first is None or step.branch != TWO[1] or (first[0].run, first[0].step) != (step.run, step.step):
             return forward(*args, **kwargs)
-        return self._second(module, step, *first[1:], lambda: forward(*args, **kwargs))
+        if not are_of_one_video(first[1], latents_of(args, kwargs)):
+            self.unlike += 1
+            return forward(*args, **kwargs)
+        return self._second(module, step, *first[2:], lambda: forward(*args, **kwargs))
 
     def _second(
         self, module: torch.nn.Module, step: StepInfo, first: Any, computed: bool, make: Callable[[], Any]

@@ -13,7 +13,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ...attention import StepInfo
-from ..guidance_branches import of_samples, samples_in, tensors_in, with_tensors
+from ..guidance_branches import are_of_one_video, latents_of, of_samples, samples_in, tensors_in, with_tensors
 from ..hooked import HandleOf
 from .differences import Differences
 
@@ -47,6 +47,8 @@ class LeftOutSamples:
         """Whether half of the last pass was."""
         self.made, self.extrapolated, self.skipped = 0, 0, 0
         """Halves that were computed, that were left out, and that a cache over steps left out, which is refused."""
+        self.unlike = 0
+        """Passes outside of calls whose halves are of two videos."""
         self._hooks: list[RemovableHandle] = []
 
     def install(self, transformer: torch.nn.Module) -> None:
@@ -71,6 +73,10 @@ class LeftOutSamples:
             return args, kwargs
         batch = samples_in(args, kwargs)
         if step.branch != self._branch or batch % 2 or not self._guided(step):
+            return args, kwargs
+        latents = latents_of(args, kwargs)
+        if not are_of_one_video(latents[: batch // 2], latents[batch // 2 :]):
+            self.unlike += 1
             return args, kwargs
         self._step = step
         # What shapes a batch of another size gives is not known before it was computed.

@@ -220,6 +220,53 @@ def test_in_a_loop_of_ones_own_the_pipeline_says_what_it_last_knew(build):
         assert "made 3 of 5" in handle.notes()[0]
 
 
+@IN_A_BATCH
+def test_in_a_loop_of_ones_own_two_videos_are_no_branches(build):
+    """In a batch, where the pipeline last knew of guidance."""
+    pipe, calls = build(), []
+    hook = pipe.transformer.register_forward_pre_hook(lambda _, *given: calls.append(given), with_kwargs=True)
+    two_unguided(pipe)
+    hook.remove()
+
+    @torch.no_grad()
+    def loop() -> list[torch.Tensor]:
+        pipe.scheduler.set_timesteps(5)
+        return [pipe.transformer(*args, **{**kwargs, "return_dict": False})[0] for args, kwargs in calls]
+
+    expected = loop()
+    with guidance_cache(pipe, 2, first_steps=0) as handle:
+        in_a_batch(pipe)
+        handle.reset()
+        assert all(map(torch.equal, loop(), expected))
+        assert handle.notes() == [
+            "guidance cache: 5 passes of the transformer were made outside of a call of the pipeline, of two videos "
+            "and not two branches of one: they were computed in full"
+        ]
+
+
+def test_in_a_loop_of_ones_own_two_videos_are_no_passes_of_one():
+    pipe = make_pipe()
+    videos = torch.randn(2, 1, 4, 2, 8, 8)
+
+    @torch.no_grad()
+    def loop(branches) -> list[torch.Tensor]:
+        pipe.scheduler.set_timesteps(6)
+        made = []
+        for t in pipe.scheduler.timesteps:
+            text = torch.ones(1, 6, 16)
+            made += [pipe.transformer(x, t[None], text * n, return_dict=False)[0] for n, x in enumerate(branches)]
+        return made
+
+    apart, guided = loop(videos), loop([videos[0], videos[0].clone()])
+    with guidance_cache(pipe, 2, first_steps=0) as handle:
+        assert all(map(torch.equal, loop(videos), apart))
+        (note,) = handle.notes()
+        assert "6 passes of the transformer were made outside" in note and "computed in full" in note
+        handle.reset()
+        assert not all(map(torch.equal, loop([videos[0], videos[0].clone()]), guided))
+        assert handle.notes()[0].startswith("guidance cache: the transformer made ")
+
+
 def test_training_makes_every_pass():
     pipe = make_pipe()
     counted = Counted(pipe.transformer)
