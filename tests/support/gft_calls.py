@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from diffusers import WanPipeline
-from tiny_wan import make_pipe
+from tiny_wan import aligned, make_pipe
 
 NO_TEXT = {"tokenizer": None, "text_encoder": None}
 
@@ -19,6 +19,7 @@ def saved(folder: Path, **components) -> Path:
 def loaded(folder: Path) -> WanPipeline:
     pipe = WanPipeline.from_pretrained(folder, **NO_TEXT, vae=None)
     pipe.set_progress_bar_config(disable=True)
+    aligned(pipe.transformer)
     return pipe
 
 

@@ -35,6 +35,14 @@ def make_pipe(cls: type = WanPipeline, **components) -> WanPipeline:
     return pipe
 
 
+def aligned(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with its weights in memory of torch's. Weights that were loaded begin where they do in their file, and
+    some processors then round products otherwise."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.clone()
+    return module
+
+
 def generate(
     pipe, steps: int = 4, frames: int = 17, size: int = 64, guidance_scale: float = 5.0, seed: int = 0, **more
 ):

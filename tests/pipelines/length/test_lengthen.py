@@ -8,7 +8,7 @@ import json
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from gft_calls import loaded
 from length_adapters import METHOD, write_length
 from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
@@ -24,11 +24,6 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     make_pipe().save_pretrained(folder)
     return folder
-
-
-def loaded(folder):
-    missing = dict.fromkeys(("vae", "text_encoder", "tokenizer", "transformer_2"))
-    return WanPipeline.from_pretrained(folder, **missing)
 
 
 @pytest.fixture
