@@ -15,10 +15,12 @@ from .probe import probe
 from .skipped import SkippedClusters
 
 ROWS, OF_LAYER = 32, 512  # queries that are measured, the most of each head, and of many heads together
-FIRST_ROUNDS, LATER_ROUNDS = 4, 2  # of correction, from nothing and from what the call before came to
-AIM = 0.97  # of a tolerance, so that a round that is nearly right is on its right side
-REACH, MOST = 1.5, 16.0  # how far a round goes beyond what is known, as a power of what is missing; and the most
-ASKED = (1e-9, 100.0)  # bounds of what is asked of an estimate
+FIRST_ROUNDS, LATER_ROUNDS = 6, 4  # of search, from nothing and from what the call before came to
+AIM = 0.97  # of a tolerance, so that what is nearly right is on its right side
+POWER = 1.2  # of the density, with which errors usually fall
+BETWEEN = (0.1, 0.9)  # of the way, in logarithms, from a density that does not fit to one that does
+LEAN = 0.3  # of the way to the other side, or one side would be approached from the other in ever smaller steps
+FAR = 4  # how many times too small an error no longer tells where in between
 
 
 class Measured:
@@ -82,9 +84,15 @@ class Measured:
             self._text = scores.logsumexp(-1, keepdim=True), value
         self._dense = self._output(torch.ones_like(self._read_mass, dtype=torch.bool))
 
-    def error(self, selected: torch.Tensor) -> torch.Tensor:
-        """Relative error of the output over all heads of the layer, `[B]`, with `selected [B, H, Cq, Ck]` clusters."""
-        read = selected[self._of_rows] | self._read_mass.isneginf()  # of empty ones nothing is left out
+    def of_tiles(self, x: torch.Tensor) -> torch.Tensor:
+        """Of a table `[B, H, Cq, Ck]` the row of each query's tile, `[B, H, R, Ck]`."""
+        return x[self._of_rows]
+
+    def error(self, read: torch.Tensor) -> torch.Tensor:
+        """Relative error of the output over all heads of the layer, `[B]`, with the clusters that are read by each
+        query, `[B, H, R, Ck]`.
+        """
+        read = read | self._read_mass.isneginf()  # of empty ones nothing is left out
         wrong = (self._output(read) - self._dense).square().sum((-1, -2))
         wrong, whole = (self._heads.gather(x).sum(1) for x in (wrong, self._dense.square().sum((-1, -2))))
         return (wrong / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
@@ -102,40 +110,46 @@ class Measured:
 
 def within(
     tolerance: float,
-    select: Callable[[torch.Tensor], torch.Tensor],
     error: Callable[[torch.Tensor], torch.Tensor],
-    asked: torch.Tensor,
-    rounds: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The smallest selection that was found whose measured error is within a tolerance; if none, the last one.
+    least: torch.Tensor,
+    before: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The lowest density that was found whose measured error is within a tolerance.
 
-    The estimate puts pairs in a good order but is wrong by a factor, which is much the same from one step to the next.
-    So what is asked of the estimate is corrected by what is measured of the selection, a few times.
+    Errors fall about as a power of the density. So what is tried next lies between one that fits and one that does not,
+    as along a power, and beyond one that does not fit as far as a usual power says, and further from round to round.
 
     Args:
-        tolerance: relative error of the output.
-        select: the selection `[B, H, Cq, Ck]` whose estimated error is at most that asked for, `[B]`.
-        error: of a selection, `[B]`, measured.
-        asked: what is asked of the estimate at first, `[B]`.
-        rounds: of correction.
+        tolerance: relative error of the output, above 0.
+        error: of a density, `[B]`, measured; 0 of density 1.
+        least: the density of what stands in alone, `[B]`.
+        before: what was found of the call before, `[B]`; None at the first.
 
     Returns:
-        The selection, its error `[B]`, and what was asked of the estimate `[B]`.
+        The density, at least `least` and 1 where no other fits, and its error, both `[B]`.
     """
-    # What is within, and what is beyond: what was asked for, and the error. None yet of either.
-    none = torch.full_like(asked, torch.nan)
-    within_it, its_error, beyond, its_own = none, none, none, none
-    for _ in range(rounds):
-        left = error(select(asked)).clamp(min=torch.finfo(torch.float32).tiny)
-        fits = left <= tolerance
-        within_it, its_error = torch.where(fits, asked, within_it), torch.where(fits, left, its_error)
-        beyond, its_own = torch.where(fits, beyond, asked), torch.where(fits, its_own, left)
-        # Between both as along a power; beyond one alone so far that the tolerance should lie between.
-        share = (AIM * tolerance / its_error).log() / (its_own / its_error).log()
-        between = within_it * (beyond / within_it) ** share.clamp(0.1, 0.9)
-        further = asked * (tolerance / left).pow(REACH).clamp(1 / MOST, MOST)
-        asked = torch.where(between.isnan(), further, between).clamp(*ASKED)
-    left = error(select(asked))
-    asked = torch.where((left > tolerance) & ~within_it.isnan(), within_it, asked)
-    selected = select(asked)
-    return selected, error(selected), asked
+    aim, tiny = AIM * tolerance, torch.finfo(torch.float32).tiny
+    low, low_error = least, error(least).clamp(min=tiny)
+    alone = low_error <= tolerance
+    high, high_error = torch.ones_like(least), torch.zeros_like(least)
+    tried = _beyond(low, low_error, aim, 1)
+    if before is not None:  # where stand-ins were enough, or an output was no number, it says nothing
+        tried = torch.where((before > least) & (before < 1), before, tried)
+    for turn in range(FIRST_ROUNDS if before is None else LATER_ROUNDS):
+        found = error(tried)
+        fits = found <= tolerance
+        high, high_error = torch.where(fits, tried, high), torch.where(fits, found, high_error)
+        low, low_error = torch.where(fits, low, tried), torch.where(fits, low_error, found)
+        share = (low_error / aim).log() / (low_error / high_error.clamp(min=tiny)).log()
+        share = share.clamp(*BETWEEN)
+        share = torch.where(fits, (1 - LEAN) * share, share + LEAN * (1 - share))
+        between = low * (high / low) ** torch.where(high_error < aim / FAR, 0.5, share)
+        tried = torch.where(high < 1, between, _beyond(low, low_error, aim, turn + 2))
+    density = torch.where(alone, least, high)
+    return density, torch.where(alone, error(least), high_error)
+
+
+def _beyond(density: torch.Tensor, error: torch.Tensor, aim: float, reach: int) -> torch.Tensor:
+    """Where an error should be what is aimed at, or so far beyond; below 1, in logarithms."""
+    further = (error / aim).clamp(min=1.0).log() * reach / POWER
+    return density * torch.minimum(further, -density.log() * BETWEEN[1]).exp()

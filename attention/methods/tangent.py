@@ -30,7 +30,7 @@ from ..probe import probe, read, spread_of
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from ..slopes import slopes_of
-from ..tolerance import FIRST_ROUNDS, LATER_ROUNDS, ROWS, Measured, within
+from ..tolerance import ROWS, Measured, within
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 # Video tokens. With the probe paid out of a density of .20, the error on the demo model is .054 at 576 tokens and .024
@@ -230,27 +230,30 @@ class Tangent(Method):
         pairs = rank_pairs(mass, spread.score, spread.value, away, queries.sizes, keys.sizes)
         centre = queries.means if self.probes(layout) else None
         skipped = SkippedClusters(key, value, F.pad(bias, (0, text, 0, text)))
-        budget = Budget(pairs, outputs, queries, keys, memory.heads)
-        if self.tolerance is None:
-            selected, predicted = budget.of_density(self.density, layout)
+        budget = Budget(pairs, queries, keys, layout, memory.heads)
+        if self.density is not None:
+            selected = budget.of_density(self.density)
+            error = budget.left_by(selected, outputs)
         else:
             measured = Measured(
                 q, k, v, of_text, queries, clusters, skipped, mass, spread.moves, centre, scale, calls, memory.heads
             )
-            before = memory.call.get("tangent_asked")
-            selected, predicted, asked = within(
+            ranks, before = measured.of_tiles(pairs[1]), memory.call.get("tangent_density")
+            density, error = within(
                 self.tolerance,
-                budget.of_error,
-                measured.error,
-                budget.started(self.tolerance) if before is None else before[:, 0],
-                FIRST_ROUNDS if before is None else LATER_ROUNDS,
+                lambda density: measured.error(budget.reads(ranks, density)),
+                budget.least,
+                None if before is None else before[:, 0],
             )
-            memory.call["tangent_asked"] = asked.unsqueeze(-1).expand(-1, q.shape[1])  # as all that is kept: by head
+            selected = budget.reads(pairs[1], density)
+            memory.call["tangent_density"] = density.unsqueeze(-1).expand(
+                -1, q.shape[1]
+            )  # by head, as all that is kept
         dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
         slope = slopes_of(mass.masked_fill(selected, 0.0), spread.moves, dtype)
         plan = plan_with_text(queries, keys, selected, layout)
         return replace(plan, skipped=replace(skipped, slope=slope, centre=centre)).with_details(
-            predicted_error=predicted, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
+            predicted_error=error, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
         )
 
     def _clusters(self, x: torch.Tensor, count: int, memory: dict[str, Any], name: str, anew: bool) -> Clusters:
