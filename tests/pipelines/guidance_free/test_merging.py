@@ -311,7 +311,8 @@ def test_groups_that_are_offloaded_to_disk(pipe, gated, tmp_path):
     assert near(made(pipe), wanted)
     assert "offloaded to disk" in handle.notes()[0]
     handle.remove()
-    assert torch.equal(made(pipe), plain)
+    # Read from a file, weights begin elsewhere in memory, and some processors then round products otherwise.
+    torch.testing.assert_close(made(pipe), plain, atol=1e-4, rtol=1e-4)
 
 
 def test_the_pipeline_is_put_back_whatever_the_weights_say(pipe, gated, monkeypatch):
