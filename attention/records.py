@@ -64,6 +64,17 @@ class CallRecord:
         predicted = self.details.get("predicted_error")
         return None if predicted is None else float(np.mean(predicted))
 
+    @property
+    def own_error(self) -> float | None:
+        """`predicted_error` where the method measured it, as `Tangent` does with a tolerance; else None."""
+        return self.predicted_error if self.details.get("error_is_measured") else None
+
+
+def _worst_first(errors: list[tuple[float | None, CallRecord]]) -> list[CallRecord]:
+    """The calls that have an error. NaN, of a model that has gone wrong, is the worst."""
+    known = [(float("inf") if np.isnan(error) else error, call) for error, call in errors if error is not None]
+    return [call for _, call in sorted(known, key=lambda pair: pair[0], reverse=True)]
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -121,33 +132,45 @@ class RunReport:
         return self.map_of(lambda r: r.error)
 
     def predicted_error_map(self) -> np.ndarray:
-        """What the method expected of the error where it was measured `[layers, steps]`, see `map_of`."""
-        return self.map_of(lambda r: None if r.error is None else r.predicted_error)
+        """What the method expected of the error where one was measured `[layers, steps]`, see `map_of`."""
+        return self.map_of(lambda r: r.own_error if r.error is None else r.predicted_error)
 
     def measured(self) -> list[CallRecord]:
         """The calls whose error was measured, the largest error first."""
-        # NaN, of a model that has gone wrong, is the worst.
-        calls = [r for r in self.records if r.error is not None]
-        return sorted(calls, key=lambda r: float("inf") if np.isnan(r.error) else r.error, reverse=True)
+        return _worst_first([(r.error, r) for r in self.records])
+
+    def measured_by_method(self) -> list[CallRecord]:
+        """The calls whose error the method measured itself (`CallRecord.own_error`), the largest first."""
+        return _worst_first([(r.own_error, r) for r in self.records])
 
     def median_error(self) -> float:
         """Median of the measured errors, NaN without any."""
         return float(np.median([r.error for r in self.measured()])) if self.measured() else float("nan")
 
     def error_in_words(self) -> str:
-        """Median and worst measured error and where, with what the method predicted there; empty without any."""
-        calls = self.measured()
-        if not calls:
+        """Median and worst measured error and where, with what the method predicted there, or measured itself; what it
+        measured itself alone where nothing else was; empty without any.
+        """
+        calls, of_method = self.measured(), self.measured_by_method()
+        if not calls and not of_method:
             return ""
-        worst = calls[0]
+        worst = (calls or of_method)[0]
         model = f" of {worst.model}" if len({r.model for r in self.records}) > 1 else ""
+        where = f"in layer {worst.layer}{model} at step {worst.step} ({worst.branch})"
+        if not calls:
+            median = percent(float(np.median([r.own_error for r in of_method])))
+            return (
+                f"error of the output in {len(of_method)} sparse calls, on the queries that the method measured: "
+                f"median {median}, worst {percent(worst.own_error)} {where}"
+            )
         text = (
             f"measured error of the output in {len(calls)} sparse calls: median {percent(self.median_error())}, worst "
-            f"{percent(worst.error)} in layer {worst.layer}{model} at step {worst.step} ({worst.branch})"
+            f"{percent(worst.error)} {where}"
         )
         predicted = [r.predicted_error for r in calls if r.predicted_error is not None]
         if predicted:
-            text += f"; the method itself predicted a median of {percent(float(np.median(predicted)))}"
+            told = "measured" if of_method else "predicted"
+            text += f"; the method itself {told} a median of {percent(float(np.median(predicted)))}"
             text += f", and {percent(worst.predicted_error)} there" if worst.predicted_error is not None else ""
         return text
 
@@ -210,8 +233,9 @@ class RunReport:
             f"mean density {self.mean_density():.3f}, planning {self.plan_seconds:.2f} s, "
             f"attention {self.attention_seconds:.2f} s"
         )
-        if self.measured():
-            lines.append(f"{self.error_in_words()}; measuring took {self.error_seconds:.2f} s")
+        if error := self.error_in_words():
+            took = f"; measuring took {self.error_seconds:.2f} s" if self.measured() else ""
+            lines.append(f"{error}{took}")
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
 

@@ -58,7 +58,8 @@ def cluster_deciles(report: RunReport) -> dict[str, np.ndarray] | None:
 
 def heat_maps(report: RunReport) -> list[HeatMap]:
     """What is known of each layer and step: the density; measured errors and predicted ones where there are some."""
-    errors = {"error": report.error_map(), "predicted error": report.predicted_error_map()}
+    expected = "error as the method measured it" if report.measured_by_method() else "predicted error"
+    errors = {"error": report.error_map(), expected: report.predicted_error_map()}
     known = {label: values for label, values in errors.items() if np.isfinite(values).any()}
     top = max((float(np.nanmax(values)) for values in known.values()), default=1.0) or 1.0  # one scale for both
     return [HeatMap("density", report.density_map()), *(HeatMap(label, values, top) for label, values in known.items())]
@@ -256,6 +257,14 @@ def _attention_summary(report: RunReport) -> dict[str, Any]:
             "seconds": report.error_seconds,
             "layers_x_steps": report.error_map(),
             "predicted_layers_x_steps": report.predicted_error_map(),
+        }
+    if calls := report.measured_by_method():
+        out["error_measured_by_method"] = {
+            "median": float(np.median([call.own_error for call in calls])),
+            "worst": {name: getattr(calls[0], name) for name in ("model", "layer", "step", "branch")}
+            | {"error": calls[0].own_error},
+            "calls": len(calls),
+            "layers_x_steps": report.map_of(lambda call: call.own_error),
         }
     for name, deciles in (cluster_deciles(report) or {}).items():
         out[f"{name}_cluster_size_deciles"] = np.median(deciles, axis=0).tolist()

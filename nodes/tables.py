@@ -64,7 +64,8 @@ def _errors(run: RunReport) -> list[str]:
     """The measured errors of a run: in words, and a table of the steps where there are some."""
     calls = run.measured()
     if not calls:
-        return []
+        words = run.error_in_words()  # of a method that measures itself
+        return [f"{words[0].upper()}{words[1:]}."] if words else []
     of_models = len({call.model for call in calls}) > 1
     predicts = any(call.predicted_error is not None for call in calls)
     lines = ["", f"{'step':>7}  {'median error':>12}  {'worst error':>11}{'  predicted' * predicts}  worst in"]

@@ -156,12 +156,13 @@ class Tangent(Method):
         return 1.5 * self.cluster_counts(layout.video_tokens)[0] * layout.video_tokens / layout.tokens**2
 
     def _measured_pairs(self, layout: VideoLayout) -> float:
+        """The most: of many heads fewer queries of each are measured."""
         rows = 0 if self.tolerance is None else min(ROWS, layout.video_tokens)
         return 1.5 * rows * layout.video_tokens / layout.tokens**2
 
     def remark(self, layout: VideoLayout) -> str:
         share, measured = self._probe_pairs(layout), self._measured_pairs(layout)
-        measures = f", and measures the error on {measured:.1%} of them" if measured else ""
+        measures = f", and measures the error on up to {measured:.1%} of them" if measured else ""
         if self.probes(layout):
             return f"tangent: beside the density, planning probes {share:.1%} of the pairs of dense attention{measures}"
         fewer = "" if self.probe is False else f", in a video of fewer than {PROBE_PAYS} tokens"
@@ -253,7 +254,10 @@ class Tangent(Method):
         slope = slopes_of(mass.masked_fill(selected, 0.0), spread.moves, dtype)
         plan = plan_with_text(queries, keys, selected, layout)
         return replace(plan, skipped=replace(skipped, slope=slope, centre=centre)).with_details(
-            predicted_error=error, planning_pairs=self.planning_pairs(layout), probe=self.probes(layout)
+            predicted_error=error,
+            error_is_measured=self.tolerance is not None,
+            planning_pairs=self.planning_pairs(layout),
+            probe=self.probes(layout),
         )
 
     def _clusters(self, x: torch.Tensor, count: int, memory: dict[str, Any], name: str, anew: bool) -> Clusters:

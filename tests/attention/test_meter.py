@@ -222,6 +222,22 @@ class TestReport:
         records = json.loads(json.dumps(report.to_dict(), default=str))["records"]
         assert records[0]["error"] is None and records[-1]["error"] > 0
 
+    @pytest.mark.parametrize("rows", [0, 32])
+    def test_with_a_tolerance_the_method_has_measured_it_itself(self, rows):
+        engine = engine_of(Tangent(tolerance=0.05), rows)
+        for layer in range(2):
+            engine.enter(StepInfo(num_steps=1), LAYOUT)
+            engine(*tokens(LAYOUT), layer)
+        report = engine.report()
+        worst, other = report.measured_by_method()
+        assert len(report.measured()) == bool(rows) * 2
+        assert 0.05 >= worst.own_error >= other.own_error >= 0
+        assert report.predicted_error_map()[worst.layer, 0] == worst.own_error
+        own = "error of the output in 2 sparse calls, on the queries that the method measured: median"
+        assert (own in str(report)) == (rows == 0)
+        assert ("the method itself measured a median of" in str(report)) == (rows > 0)
+        assert ("measuring took" in str(report)) == (rows > 0)
+
     def test_without_the_meter_nothing_is_said(self):
         engine = engine_of("svg2", 0)
         engine.enter(StepInfo(num_steps=1), LAYOUT)

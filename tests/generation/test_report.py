@@ -285,6 +285,20 @@ class TestMeasuredErrors:
         assert (density.top, error.top, predicted.top) == (1.0, 0.09, 0.09)
         assert predicted.label == "predicted error" and predicted.values[1].tolist()[1:] == [0.005, 0.045]
 
+    def test_what_a_method_measured_itself_is_told_without_a_meter(self, measured, comparison, clip, tmp_path):
+        records = [
+            replace(r, error=None, error_seconds=0.0, details={"predicted_error": [0.04], "error_is_measured": True})
+            for r in measured.records
+        ]
+        report = replace(measured, records=(*measured.records[:1], *records[1:]))
+        made = comparison(svg=clip)
+        made = replace(made, videos=(made.videos[0], replace(made.videos[1], report=report)))
+        numbers = json.loads(write_json(made, tmp_path / "r.json").read_text())["videos"][1]["attention"]
+        assert "error" not in numbers and numbers["error_measured_by_method"]["median"] == 0.04
+        page = write_html(made, tmp_path / "r.html").read_text()
+        assert "on the queries that the method measured: median 4.0 %" in page and "Measuring took" not in page
+        assert [one.label for one in heat_maps(report)] == ["density", "error as the method measured it"]
+
     def test_what_is_no_number_is_null(self, measured, comparison, clip, tmp_path):
         broken = replace(measured, records=tuple(replace(r, error=math.nan) for r in measured.records))
         made = comparison(svg=clip)

@@ -122,6 +122,10 @@ class TestMeasuredErrors:
         text = text_of(report(record(error=0.5)))
         assert "median error" in text and "predicted" not in text
 
+    def test_what_a_method_measured_itself_is_told(self):
+        text = text_of(report(record(details={"predicted_error": [0.04], "error_is_measured": True})))
+        assert "Error of the output in 1 sparse calls, on the queries that the method measured: median 4.0 %" in text
+
     def test_nothing_is_said_where_nothing_was_measured(self):
         assert "rror" not in text_of(report(record()))
 
