@@ -57,14 +57,14 @@ def check(video: torch.Tensor | np.ndarray) -> Reading:
     """Read a video.
 
     Args:
-        video: `[F, 3, H, W]` or `[F, H, W, 3]`, floats in [0, 1] or bytes.
+        video: `[F, 3, H, W]` or `[F, H, W, 3]`, floats in [0, 1] or bytes; on any device, and read on the CPU.
 
     Raises:
         ValueError: for another shape.
     """
     import torch
 
-    video = torch.as_tensor(video)
+    video = torch.as_tensor(video).cpu()
     if video.ndim != 4 or 3 not in (video.shape[1], video.shape[-1]):
         raise ValueError(f"the video has shape {tuple(video.shape)}, but must be [F, 3, H, W] or [F, H, W, 3]")
     if video.shape[1] != 3:
