@@ -55,7 +55,6 @@ class Checkpoint:
         step: optimiser steps done in it.
         total_steps: optimiser steps done in all phases.
         seconds: training time of the phase.
-        global_batch: clips an optimiser step, over all processes.
         trained: result of the phases before, by parameter name.
         weights: the parameters that this phase trains.
         ema: their exponential moving averages, empty without.
@@ -67,7 +66,6 @@ class Checkpoint:
     step: int
     total_steps: int
     seconds: float
-    global_batch: int
     trained: Tensors = field(default_factory=dict)
     weights: Tensors = field(default_factory=dict)
     ema: Tensors = field(default_factory=dict)
@@ -81,7 +79,7 @@ class Checkpoint:
 
     @property
     def _facts(self) -> dict[str, Any]:
-        names = ("phase", "step", "total_steps", "seconds", "global_batch")
+        names = ("phase", "step", "total_steps", "seconds")
         return {"format": _FORMAT} | {name: getattr(self, name) for name in names}
 
 
@@ -200,7 +198,8 @@ class CheckpointFolder:
         try:
             facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
             validated = facts.pop("validated", False)
-            facts.pop("order", None)
+            for name in ("order", "global_batch"):  # the second of checkpoints of before; the settings say it, too
+                facts.pop(name, None)
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
             for name, checksum in facts.pop("checksums").items():

@@ -141,7 +141,12 @@ def out_of_memory(config: Settings, where: str, go_on: str, validates: bool) -> 
     free, fixed = named(_FREE), named(_FIXED)
     if validates and values.get("validation.prompts"):
         free.insert(0, "validation.prompts=[]")
-    fixed += [f"a smaller {name}" for name, v in values.items() if name.endswith(".batch_size") and (v or 1) > 1]
+    for name, value in values.items():
+        if name.endswith(".batch_size") and (value or 1) > 1:
+            if name.startswith("data."):  # the micro-steps are the phase's, of all sizes
+                fixed.append(f"a smaller {name}")
+            else:
+                free.append(f"{name} (with as many times the gradient_accumulation_steps)")
     fixed.append("smaller clips in data.sizes")
     may = f" A resume may change {', '.join(free)}." if free else ""
     return OutOfMemory(

@@ -62,8 +62,7 @@ class PhaseRun:
 
         Raises:
             ConfigError: no clip that can be read.
-            CheckpointError: a checkpoint of another number of clips a step, or of another model; or a cache that cannot
-                be written.
+            CheckpointError: a checkpoint of another model; or a cache that cannot be written.
         """
         self._build()
         if checkpoint is not None:
@@ -135,9 +134,6 @@ class PhaseRun:
             named=named,
             optimizer=self.optimizer,
             ema=EMA(named, self.settings.ema_decay) if self.settings.ema_decay else None,
-            global_batch=self.settings.batch_size
-            * self.settings.gradient_accumulation_steps
-            * accelerator.num_processes,
             trained=self._trained,
             before=self._before,
             inputs=self.context.inputs,

@@ -27,7 +27,6 @@ class PhaseState:
         named: the parameters that it trains.
         optimizer: as accelerate wraps it.
         ema: of the parameters, or None.
-        global_batch: clips an optimiser step, over all processes.
         trained: result of the phases before, by parameter name.
         before: optimiser steps done before this phase.
         inputs: what the data and the models of the run are.
@@ -41,7 +40,6 @@ class PhaseState:
     named: Mapping[str, nn.Parameter]
     optimizer: AcceleratedOptimizer
     ema: EMA | None
-    global_batch: int
     trained: Tensors
     before: int
     inputs: dict[str, str] = field(default_factory=dict)
@@ -78,7 +76,6 @@ class PhaseState:
             step=self.step,
             total_steps=self.total_steps,
             seconds=self.seconds,
-            global_batch=self.global_batch,
             trained=self.trained,
             weights=whole(self.named, keep),
             ema=ema.whole(keep) if ema is not None else {},
@@ -96,14 +93,8 @@ class PhaseState:
         """Bring a phase that was just built to the state of a checkpoint.
 
         Raises:
-            CheckpointError: it is of another number of clips a step, or of another model.
+            CheckpointError: it is of another model.
         """
-        if checkpoint.global_batch != self.global_batch:
-            raise CheckpointError(
-                f"the checkpoint was written with {checkpoint.global_batch} clips a step over all processes, now there "
-                f"are {self.global_batch}: use as many processes as then, or change batch_size or "
-                "gradient_accumulation_steps."
-            )
         if set(checkpoint.weights) != set(self.named):
             odd = sorted(set(checkpoint.weights) ^ set(self.named))
             raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")

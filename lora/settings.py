@@ -15,14 +15,15 @@ class SizeSettings(Settings):
 
     Args:
         frames, height, width: pixel frames and pixels.
-        batch_size: clips a process and micro-step; None for the phase's.
+        batch_size: clips a process and micro-step; None for the phase's. A run may be resumed with another one where
+            the clips of a step stay the same; see `PhaseSettings`.
         share: how often a step has this size, against the shares of the others.
     """
 
     frames: int = setting(low=1)
     height: int = setting(low=8)
     width: int = setting(low=8)
-    batch_size: int | None = setting(None, low=1)
+    batch_size: int | None = setting(None, low=1, free=True)
     share: float = setting(1.0, above=0)
 
 
@@ -51,7 +52,8 @@ class PhaseSettings(Settings):
         max_grad_norm: bound of the gradient norm; None for none.
         ema_decay: of the EMA of the weights, which is the result of the phase; 0 for none.
         batch_size: clips a process and micro-step.
-        gradient_accumulation_steps: micro-steps an optimiser step.
+        gradient_accumulation_steps: micro-steps an optimiser step. This and `batch_size` may be others in a resumed
+            run, whose clips a step, over all processes, must be as many as before; see `step_clips`.
         max_minutes: the phase ends after this time, wherever it is; None for no limit.
     """
 
@@ -75,8 +77,8 @@ class PhaseSettings(Settings):
     weight_decay: float = setting(0.0, low=0)
     max_grad_norm: float | None = setting(1.0, above=0, free=True)
     ema_decay: float = setting(0.0, low=0, below=1)
-    batch_size: int = setting(1, low=1)
-    gradient_accumulation_steps: int = setting(1, low=1)
+    batch_size: int = setting(1, low=1, free=True)
+    gradient_accumulation_steps: int = setting(1, low=1, free=True)
     max_minutes: float | None = setting(None, above=0, free=True)
 
     def free_here(self) -> Iterable[str]:

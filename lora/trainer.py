@@ -31,6 +31,7 @@ from .processes import WAIT
 from .recipes.base import Phase, Recipe
 from .run_context import RunContext
 from .settings import RunSettings
+from .step_clips import step_clips_differences
 from .stopping import Stopped, StopRequested
 from .tracking import Tracker, choose_tracker
 
@@ -292,6 +293,14 @@ class Trainer:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, which this recipe does not have.")
         if not steps[checkpoint.phase]:
             raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, whose steps are 0 now: set 1 or more.")
+        over = phases[: list(steps).index(checkpoint.phase)]
+        different = step_clips_differences(
+            then, self.config, len(checkpoint.random), self.process.count, [phase.settings for phase in over]
+        )
+        if different:
+            raise CheckpointError(
+                f"{path} was written with other clips a step, so it cannot be continued:\n  " + "\n  ".join(different)
+            )
         return _Start(checkpoint.phase, checkpoint, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
 
     def _chosen(self, resume: str | None) -> str | None:

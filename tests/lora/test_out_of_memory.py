@@ -37,7 +37,7 @@ def test_in_training_it_is_one_line(tmp_path, text_base, monkeypatch, capsys):
         "loop.gradient_checkpointing=true",
         "model.offload_blocks",
         "model.quantise=int8",
-        "a smaller train.batch_size",
+        "train.batch_size (with as many times the gradient_accumulation_steps)",
         "nothing was trained yet: start again without --resume.",
     ):
         assert named in line

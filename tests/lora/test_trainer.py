@@ -373,6 +373,9 @@ def test_every_process_goes_on_from_what_the_main_one_found(tiny_settings, run_t
     process = Process(torch.device("cpu"), 1, 2)
     monkeypatch.setattr(Process, "wait", lambda self: None)
     monkeypatch.setattr(Process, "any", lambda self, flag: flag)
+    halves = {name: {"steps": 3, "learning_rate": 0.01, "batch_size": 1} for name in ("first", "second")}
+    halves["second"] |= {"ema_decay": 0.9, "lr_warmup_steps": 2}
+    settings = tiny_settings(loop={"save_every": 1, "keep_last": 9}, phases=halves)
     made = Trainer(tiny_recipe(settings, process), make_accelerator(settings))
     phases = made.recipe.phases()
     for asked in ("auto", "latest"):
