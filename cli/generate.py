@@ -41,8 +41,8 @@ def generate_command(
         str,
         typer.Option(
             show_default=False,
-            help='"demo" or "demo-dc" (built in), a folder of a diffusers pipeline, or a hub id owner/name. (default: '
-            "that of --preset, otherwise demo)",
+            help='"demo" or "demo-dc" (built in), a folder of a diffusers pipeline or of a training that made one, or '
+            "a hub id owner/name. (default: that of --preset, otherwise demo)",
         ),
     ] = "",
     components: Annotated[

@@ -1,15 +1,18 @@
-"""Which files are taken where a request names adapters by the folders of their trainings."""
+"""Which files are taken where a request names adapters, or its model, by the folders of their trainings."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..pipelines.lora_files import LoraFile
 from ..pipelines.run_folder import taken
 from .loras import asked_loras
+
+if TYPE_CHECKING:
+    from .model_facts import ModelFacts
 
 _Place = str | Path | LoraFile
 
@@ -17,6 +20,12 @@ _Place = str | Path | LoraFile
 class _Read(Protocol):
     @property
     def path(self) -> Path: ...
+
+
+def model_note(facts: ModelFacts) -> str:
+    """A sentence where the folder of a training was given for its model; "" elsewhere."""
+    given, found = Path(facts.name).expanduser(), Path(facts.location)
+    return taken(given, found) if given.is_dir() and found.is_relative_to(given) else ""
 
 
 def taken_notes(given: bool | _Place | Sequence[_Place] | None, read: Sequence[_Read]) -> list[str]:

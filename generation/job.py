@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter_places import taken_notes
+from .adapter_places import model_note, taken_notes
 from .calls import as_class, check_untouched, dtype_of
 from .comparison import check_comparable
 from .errors import BadInput, mention, refuse_given, worded
@@ -321,7 +321,7 @@ def prepare(
     check_trained(trained, methods, layout)
     of_runs = [*taken_notes(lora, loras), *taken_notes(guidance_free, adapters), *taken_notes(sla, learned)]
     unknown = unknown_note(facts.name, settings.prompt, settings.negative_prompt or "")
-    notes = [*filter(None, [own_note, unknown]), *of_runs, *of_loras]
+    notes = [*filter(None, [model_note(facts), own_note, unknown]), *of_runs, *of_loras]
     told = "" if limit is None or compare or facts.trained_for else limit.why
     if told and limit.measured:
         notes.append(told)

@@ -173,8 +173,8 @@ def inspect_model(model: str, image: bool = False, video: bool = False, last_ima
 
     Args:
         model: one of `DEMOS`, a folder that `save_pretrained` of a pipeline wrote or that holds an adapter to another
-            autoencoder, or a hub id "owner/name". A folder in the layout in which DC-VideoGen is published is
-            converted into the cache of `from_pretrained` first.
+            autoencoder, the folder of a training that made one, or a hub id "owner/name". A folder in the layout in
+            which DC-VideoGen is published is converted into the cache of `from_pretrained` first.
         image, video, last_image: what is given to start from. Of a published folder with two models, a picture takes
             the one for image to video; other models run as the class that takes the same weights and that input.
 

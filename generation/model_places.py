@@ -13,6 +13,7 @@ _PUBLISHED = ("transformer_t2v", "transformer_i2v")
 
 
 def locate(model: str) -> str:
+    """Folder or hub id of a model; of the folder of a training, what is in it, see `run_folder.model_path`."""
     from ..pipelines.locations import is_hub_id
 
     if model in DEMOS:
@@ -23,7 +24,12 @@ def locate(model: str) -> str:
         except OSError as error:
             raise BadInput("model", str(error).rstrip("."), value=model) from error
     if Path(model).expanduser().is_dir():
-        return str(Path(model).expanduser())
+        from ..pipelines.run_folder import NoAdapter, model_path
+
+        try:
+            return str(model_path(model))
+        except NoAdapter as error:
+            raise BadInput("model", str(error).rstrip("."), value=model) from error
     if is_hub_id(model):
         return model
     known = " nor ".join(f'"{name}"' for name in DEMOS)

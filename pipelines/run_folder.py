@@ -29,6 +29,7 @@ OTHER_RESULTS = {
 """Results that are no adapter, and what they are."""
 RESULTS = (ADAPTER, *OTHER_RESULTS)
 _WEIGHTS = (".safetensors", ".bin", ".pt")
+_INDEX = "model_index.json"
 _BASE_FACTS = "adapter.json"
 """Beside the weights that only `ae_adapt` makes, which are no LoRA for a model that stays as it is."""
 
@@ -71,7 +72,7 @@ def adapter_path(location: str | Path) -> Path:
     path = Path(location).expanduser()
     if not path.is_dir() or (path / FILE).is_file():
         return path / FILE if path.is_dir() else path
-    others = [name for name in OTHER_RESULTS if (path / name).is_dir() and not (path / "model_index.json").is_file()]
+    others = [name for name in OTHER_RESULTS if (path / name).is_dir() and not (path / _INDEX).is_file()]
     if (path / ADAPTER / FILE).is_file() and not (path / ADAPTER / _BASE_FACTS).is_file():
         if others:
             names = " and ".join(f"{name}/" for name in (ADAPTER, *others))
@@ -96,6 +97,40 @@ def adapter_path(location: str | Path) -> Path:
     return path
 
 
+def model_path(location: str | Path) -> Path:
+    """The folder of a model, from it or from that of the run that made it.
+
+    Of a run it is the result; of one of `ae_adapt` that is not finished, the adapter that its newest checkpoint has.
+
+    Args:
+        location: the folder.
+
+    Returns:
+        The folder; the location itself where that is a model, or none of a run.
+
+    Raises:
+        NoAdapter: a run that makes no model, or has none yet.
+    """
+    path = Path(location).expanduser()
+    if not path.is_dir() or any((path / name).is_file() for name in (_INDEX, _BASE_FACTS)):
+        return path
+    if not ((path / SETTINGS).is_file() or (path / CHECKPOINTS).is_dir() or (path / ADAPTER).is_dir()):
+        return path
+    if (path / "pipeline" / _INDEX).is_file():
+        return path / "pipeline"
+    adapters = (each / ADAPTER for each in in_order((path / CHECKPOINTS).glob(f"{CHECKPOINT}*")))
+    if saved := [folder for folder in adapters if (folder / _BASE_FACTS).is_file()]:
+        return saved[-1]
+    if (path / ADAPTER / FILE).is_file() and not (path / ADAPTER / _BASE_FACTS).is_file():
+        raise NoAdapter(
+            f"{path} is the folder of a training whose result is an adapter, {path / ADAPTER}: give that beside the "
+            "model that it was trained on."
+        )
+    if (path / CHECKPOINTS).is_dir():
+        raise NoAdapter(f"{path} is the folder of a training that has written no model (no pipeline/ in it).")
+    return path
+
+
 def _with_adapter(run: Path) -> list[Path]:
     """The checkpoints of a run, or of the folder that they are in, that have an adapter; in their order."""
     folder = run if run.name == CHECKPOINTS else run / CHECKPOINTS
@@ -111,12 +146,12 @@ def taken(location: str | Path, path: Path) -> str:
 
     Args:
         location: as it was given.
-        path: what `adapter_path` made of it, or the folder of that.
+        path: what `adapter_path` made of it, or the folder of that; or what `model_path` did.
     """
     given = Path(location).expanduser()
     if path in (given, given / FILE):
         return ""
-    path = path / FILE if path.name == ADAPTER else path
+    path = path / FILE if path.name == ADAPTER and not (path / _BASE_FACTS).is_file() else path
     return f"{given} is the folder of a training: its {path.relative_to(given).as_posix()} is used."
 
 

@@ -108,7 +108,7 @@ class AEAdapt(EncodedClipsRecipe):
                 parameter.data = parameter.data.to(getattr(torch, self.config.model.dtype))
         with replaced(out / "pipeline") as draft:
             self.backbone.save(transformer, draft)
-            save_text(json.dumps(self._defaults(), indent=2) + "\n", draft / DEFAULTS_FILE)
+            save_text(json.dumps(self.made_for(), indent=2) + "\n", draft / DEFAULTS_FILE)
         return {"pipeline": str(out / "pipeline"), "adapter": str(out / "adapter")}
 
     def write_adapter(
@@ -136,17 +136,7 @@ class AEAdapt(EncodedClipsRecipe):
         if not is_hub_id(autoencoder):
             autoencoder = "../pipeline/vae" if finished else str(Path(autoencoder).resolve())
         base_hash = transformer_files(self.backbone.base)
-        return {"base": base, "base_hash": base_hash, "autoencoder": autoencoder, "defaults": self._defaults()}
-
-    def _defaults(self) -> dict[str, Any]:
-        """The size and guidance that the model was made for."""
-        size = self.config.data.sizes[-1]
-        return {
-            "frames": size.frames,
-            "height": size.height,
-            "width": size.width,
-            "guidance_scale": self.config.validation.guidance_scale,
-        }
+        return {"base": base, "base_hash": base_hash, "autoencoder": autoencoder, "defaults": self.made_for()}
 
     def _autoencoder(self) -> str:
         """Folder or hub id of the new autoencoder."""

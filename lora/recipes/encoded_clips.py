@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import math
 from abc import abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...generation.model_files import folder_reader
+from ...pipelines.deep_compression.adapter_folder import DEFAULTS_FILE
 from ..backbones.base import Encoder, PretrainedModel, Text
+from ..checkpoint import save_text
 from ..config import ConfigError
 from ..data.account import say_what_the_data_are
 from ..data.cache import Fingerprints, TensorCache
@@ -31,6 +36,36 @@ class EncodedClipsRecipe(Recipe):
 
     backbone: PretrainedModel
     flowing: Latents
+
+    def made_for(self) -> dict[str, Any]:
+        """The size of the clips and the guidance of the validation, which are the defaults of what was trained.
+
+        Of several sizes it is the last one, of images and videos the last one of videos.
+        """
+        sizes = self.config.data.sizes
+        size = ([size for size in sizes if size.frames > 1] or list(sizes))[-1]
+        return {
+            "frames": size.frames,
+            "height": size.height,
+            "width": size.width,
+            "guidance_scale": self.validation.guidance_scale,
+        }
+
+    def write_defaults(self, folder: Path, highest: float = math.inf) -> None:
+        """Write the defaults of a pipeline that makes in each step what its base does, so with the steps and the
+        guidance that the base states.
+
+        Args:
+            folder: of the pipeline.
+            highest: guidance scale that it can do.
+
+        Raises:
+            NotWritten: it cannot be written.
+        """
+        stated = folder_reader(Path(self.backbone.base))(DEFAULTS_FILE) or {}
+        defaults = self.made_for() | {name: stated[name] for name in ("steps", "guidance_scale") if name in stated}
+        defaults["guidance_scale"] = min(defaults["guidance_scale"], highest)
+        save_text(json.dumps(defaults, indent=2) + "\n", folder / DEFAULTS_FILE)
 
     def open_data(self) -> None:
         """Check the sizes, open data, cache and text encoder, and choose the clips that are measured.

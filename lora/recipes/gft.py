@@ -56,6 +56,7 @@ class TrainGuidanceFree(TrainGuided):
         folder, part = Path(self.config.out) / "pipeline", self.backbone.part
         with replaced(folder) as draft:
             self.backbone.save(transformer, draft)
+            self.write_defaults(draft, self.config.gft.max_scale)
             facts = {**self.facts(), "base_hash": transformer_files(str(draft), part)}
             beside = {name: trained[name] for name in self.beside}
             save_lora(beside, draft / part / OWN_FILE, self.backbone.file_name, 1.0, facts, beside=self.beside)

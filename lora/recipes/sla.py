@@ -201,6 +201,7 @@ class TrainSLA(TrainLora):
         folder = Path(self.config.out) / "pipeline"
         with replaced(folder) as draft:
             self.backbone.save(transformer, draft)
+            self.write_defaults(draft)
             write_config(draft / self.backbone.part, self.trained_sla())
         return {"pipeline": str(folder)}
 

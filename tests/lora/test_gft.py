@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vidaccel
+from vidaccel.generation.model_facts import inspect_model
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.generators import Generators, Place
@@ -374,6 +375,12 @@ def test_all_weights(tmp_path, text_base, loss):
             phase._told, pipe._guidance_scale = torch.tensor([1 / scale]), scale
             torch.testing.assert_close(pipe.transformer(**given).sample, student(**given).sample, rtol=1e-4, atol=1e-5)
         assert "all weights were trained" in handle.notes()[0]
+    stated = inspect_model(str(tmp_path / "run")).call_defaults()
+    assert (stated["frames"], stated["height"], stated["width"]) == (5, 32, 48)
+    # That of the validation may be higher where it makes no videos.
+    made = recipe(file, ["validation.prompts=[]", "validation.guidance_scale=9", "gft.max_scale=4"])
+    made.write_defaults(tmp_path, made.config.gft.max_scale)
+    assert json.loads((tmp_path / "generation_defaults.json").read_text())["guidance_scale"] == 4
     with pytest.raises(GuidanceFreeError, match=r"has no guidance-free adapter of its own: .* Give an adapter"):
         vidaccel.guidance_free(WanPipeline.from_pretrained(text_base))
     phase.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ from torch import nn
 
 import vidaccel
 from vidaccel import SLA
+from vidaccel.generation.adapter_places import model_note
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.generators import Generators, Place
@@ -247,6 +251,30 @@ def test_the_result_is_what_was_trained(finished, text_base):
         assert torch.equal(pipe.transformer(**inputs).sample, plain)
     after = pipe.transformer.state_dict()
     assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_the_folder_of_a_run_is_its_model_with_the_size_of_the_training(finished):
+    train, folder, result = finished
+    if train == "lora":
+        with pytest.raises(BadInput, match=r"whose result is an adapter, .*run/adapter: give that beside the model"):
+            inspect_model(str(folder / "run"))
+        return
+    facts = inspect_model(str(folder / "run"))
+    assert facts.location == result["pipeline"] == str(folder / "run" / "pipeline")
+    assert model_note(facts) == f"{folder / 'run'} is the folder of a training: its pipeline is used."
+    made = facts.call_defaults()
+    assert [made[name] for name in ("frames", "height", "width", "guidance_scale")] == [5, 32, 48, 2]
+
+
+def test_what_the_base_states_of_steps_and_guidance_stays(tmp_path, text_base):
+    """A model that was distilled to few steps stays one."""
+    base = shutil.copytree(text_base, tmp_path / "base")
+    (base / DEFAULTS_FILE).write_text(json.dumps({"frames": 81, "steps": 4, "guidance_scale": 1.0}))
+    sizes = [{"frames": 5, "height": 32, "width": 48}, {"frames": 1, "height": 64, "width": 64}]
+    made = recipe(settings(tmp_path, base, data={"sizes": sizes}))
+    made.write_defaults(tmp_path)
+    written = json.loads((tmp_path / DEFAULTS_FILE).read_text())
+    assert written == {"frames": 5, "height": 32, "width": 48, "steps": 4, "guidance_scale": 1.0}
 
 
 def test_a_lora_is_gone_on_from(tmp_path, text_base):

@@ -25,7 +25,7 @@ from vidaccel.pipelines.adapter_header import facts_of
 from vidaccel.pipelines.length.adapter_file import read_length
 from vidaccel.pipelines.length.trained import LengthError
 from vidaccel.pipelines.lora_files import LoraError, LoraFile, attach_loras
-from vidaccel.pipelines.run_folder import FILE, NoAdapter, adapter_path, chosen_adapter, taken
+from vidaccel.pipelines.run_folder import FILE, NoAdapter, adapter_path, chosen_adapter, model_path, taken
 
 BASE = {"base": "tiny", "base_hash": "0", "part": "transformer", "rank": 2, "unconditional": ""}
 TRAINED = TrainedSLA.of(SLA(topk=0.5, block=(8, 8)), (), "tiny", "0").facts()
@@ -120,6 +120,26 @@ def test_a_run_without_an_adapter_says_so(run, reader):
     told = f"{run} is the folder of a training that has written no adapter yet: the first checkpoint has one"
     assert told in refused(read, run, error)
     assert facts_of(run) == {} and state_of(run) is None
+
+
+def test_the_model_of_a_run_is_its_result_or_the_adapted_one_of_its_newest_checkpoint(run, tmp_path):
+    with pytest.raises(NoAdapter, match="has written no model"):
+        (run / "checkpoints").mkdir()
+        model_path(run)
+    for step, order in ((100, 2), (200, 1)):
+        folder = checkpoint(run, step, order).parent
+        (folder / "adapter.json").write_text("{}")
+    newest = run / "checkpoints" / "step_00000100" / "adapter"
+    assert model_path(run) == newest and model_path(newest) == newest
+    assert taken(run, newest).endswith("its checkpoints/step_00000100/adapter is used.")
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "model_index.json").write_text("{}")
+    assert model_path(run) == model_path(run / "pipeline") == run / "pipeline"
+    assert model_path("demo") == Path("demo") and model_path(tmp_path) == tmp_path
+    other = tmp_path / "lora"
+    write(other)
+    with pytest.raises(NoAdapter, match="whose result is an adapter, .*adapter: give that beside the model"):
+        model_path(other)
 
 
 def test_other_results_several_results_and_several_runs_are_told(run):
