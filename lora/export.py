@@ -1,7 +1,7 @@
 """Adapter and autoencoder of a finished run in one small folder: `python -m vidaccel.lora.export RUN FOLDER`.
 
-The folder is what `DCVideoGenPipeline.from_pretrained` takes as adapter-only weights: half precision, and the
-autoencoder beside the adapter. The built-in "demo-dc" was packed with it.
+The folder is what `from_pretrained` of `DCVideoGenPipeline` and `DCGenPipeline` takes as adapter-only weights: half
+precision, and the autoencoder beside the adapter. The built-in "demo-dc" was packed with it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ def export_adapter(run: Path, target: Path) -> Path:
         FileExistsError: `target` is there and no adapter.
     """
     import torch
+    from diffusers import AutoencoderDC
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 
@@ -39,7 +40,11 @@ def export_adapter(run: Path, target: Path) -> Path:
     facts = json.loads((source / FACTS_FILE).read_text(encoding="utf-8"))
     if target.exists() and not (target / FACTS_FILE).is_file():
         raise FileExistsError(f"{target} exists and is no adapter (no {FACTS_FILE}): give another name, or delete it.")
-    vae = AutoencoderDCV.from_pretrained(run / "pipeline" / "vae", dtype=torch.float16)
+    place = run / "pipeline" / "vae"
+    if not (place / "config.json").is_file():
+        raise FileNotFoundError(f"{place} holds no autoencoder (config.json): put the whole of the run together again.")
+    of_images = json.loads((place / "config.json").read_text(encoding="utf-8")).get("_class_name") == "AutoencoderDC"
+    vae = (AutoencoderDC if of_images else AutoencoderDCV).from_pretrained(place, dtype=torch.float16)
     with replaced(target) as draft:
         for name in (FULL_FILE, LORA_FILE):
             if (source / name).is_file():

@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, FluxPipeline, FluxTransf
 from torch import nn
 from torch.nn import functional
 
-from ...pipelines.deep_compression.adapted import started_anew, zero_head
+from ...pipelines.deep_compression.adapted_images import flux_embedding, retarget_flux
 from ...pipelines.deep_compression.text_to_image import DCGenFluxPipeline
 from ..config import ConfigError
 from .base import Text
@@ -116,14 +116,10 @@ class FluxBackbone(FluxFamily, ImageBackbone):
     embedding_name = "x_embedder"
 
     def new_embedding(self) -> nn.Linear:
-        return started_anew(nn.Linear(self.latent_channels, self.inner))
+        return flux_embedding(self.latent_channels, self.inner)
 
     def swap(self, transformer: FluxTransformer2DModel) -> None:
-        transformer.x_embedder = self.new_embedding()
-        transformer.proj_out = zero_head(self.inner, self.latent_channels)
-        transformer.out_channels = self.latent_channels
-        channels = self.latent_channels
-        transformer.register_to_config(patch_size=1, in_channels=channels, out_channels=channels)
+        retarget_flux(transformer, self.latent_channels, self.latent_channels)
 
     def embed(self, embedding: nn.Module, latents: torch.Tensor, old: bool) -> torch.Tensor:
         # FLUX packs 2x2 latent pixels in the order (channel, row, column).

@@ -78,6 +78,9 @@ class ImageBackbone(ImageFamily, Backbone):
     def student(self) -> nn.Module:
         transformer = self.transformer_class.from_pretrained(self.base, subfolder="transformer", dtype=self.dtype)
         self.swap(transformer)
+        for name, parameter in transformer.named_parameters():
+            if name.startswith(self.trained_fully):  # what is trained stays float32 whatever the others are
+                parameter.data = parameter.data.float()
         return transformer.requires_grad_(False)
 
     def skeleton(self) -> nn.Module:

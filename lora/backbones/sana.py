@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderDC, DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
 from torch import nn
 
-from ...pipelines.deep_compression.adapted import started_anew, zero_head
+from ...pipelines.deep_compression.adapted_images import retarget_sana, sana_embedding
 from ...pipelines.deep_compression.text_to_image import DCGenSanaPipeline
 from ..config import ConfigError
 from ..flow import TIMESTEPS
@@ -108,12 +108,10 @@ class SanaBackbone(SanaFamily, ImageBackbone):
     embedding_name = "patch_embed.proj"
 
     def new_embedding(self) -> nn.Conv2d:
-        return started_anew(nn.Conv2d(self.latent_channels, self.inner, kernel_size=1))
+        return sana_embedding(self.latent_channels, self.inner)
 
     def swap(self, transformer: SanaTransformer2DModel) -> None:
-        transformer.patch_embed.proj = self.new_embedding()
-        transformer.proj_out = zero_head(self.inner, self.latent_channels)
-        transformer.register_to_config(in_channels=self.latent_channels, out_channels=self.latent_channels)
+        retarget_sana(transformer, self.latent_channels, self.latent_channels)
 
     def embed(self, embedding: nn.Module, latents: torch.Tensor, old: bool) -> torch.Tensor:
         return embedding(latents)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,8 +53,39 @@ def retarget(transformer: WanTransformer3DModel, in_channels: int, out_channels:
     return transformer
 
 
-def load_adapter(transformer: Any, folder: Path) -> Any:
-    """Load an adapter into a transformer that `retarget` has prepared; its LoRA stays apart.
+def _video_autoencoder(
+    location: str | Path, dtype: torch.dtype | None, options: Mapping[str, Any], changes: Mapping[str, Any] | None
+) -> Any:
+    place = find_autoencoder(location, hub_options(options))
+    # A file may be of half precision, in which a base that is loaded in float32 is not meant to run.
+    return load_autoencoder(place, dtype or torch.float32, changes, options.get("variant"))
+
+
+@dataclass(frozen=True)
+class AdaptedKind:
+    """A kind of model that adapters are for.
+
+    Args:
+        transformer: class of the transformer.
+        blocks: where its `num_layers` blocks are.
+        ends: beginnings of the names of the parameters of embedder and head.
+        retarget: gives a transformer new ends for so many channels that go in and come out, in its dtype.
+        autoencoder: loads the new autoencoder, of a location, a dtype, the arguments of `from_pretrained`, and changes
+            of its configuration.
+    """
+
+    transformer: Any
+    blocks: str
+    ends: tuple[str, ...]
+    retarget: Callable[[Any, int, int], Any]
+    autoencoder: Callable[[str | Path, torch.dtype | None, Mapping[str, Any], Mapping[str, Any] | None], Any]
+
+
+WAN = AdaptedKind(WanTransformer3DModel, "blocks", ("patch_embedding.", "proj_out."), retarget, _video_autoencoder)
+
+
+def load_adapter(transformer: Any, folder: Path, kind: AdaptedKind = WAN) -> Any:
+    """Load an adapter into a transformer that `kind.retarget` has prepared; its LoRA stays apart.
 
     Raises:
         AdapterError: it belongs to a model of another shape, lacks a part of embedder, head or LoRA, or is damaged.
@@ -64,7 +96,7 @@ def load_adapter(transformer: Any, folder: Path) -> Any:
     own = dict(transformer.named_parameters())
     _names(folder / FULL_FILE)
     full = load_file(folder / FULL_FILE)
-    missing = sorted(name for name in own if name.startswith(("patch_embedding.", "proj_out.")) and name not in full)
+    missing = sorted(name for name in own if name.startswith(kind.ends) and name not in full)
     if missing:
         raise AdapterError(
             f"{folder / FULL_FILE} lacks {', '.join(missing)}, which start at random or at zero: it was not written as "
@@ -102,7 +134,7 @@ def _load_lora(transformer: Any, file: Path) -> None:
     bare = {
         name
         for name, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and check_target_module_exists(config, name)
+        if isinstance(module, nn.Linear | nn.Conv2d) and check_target_module_exists(config, name)
     }
     bare -= {name for name, module in transformer.named_modules() if isinstance(module, BaseTunerLayer)}
     for problem, found in (
@@ -134,13 +166,16 @@ def _names(file: Path) -> set[str]:
         ) from error
 
 
-def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = None, **hub: Any) -> WanTransformer3DModel:
+def adapted_transformer(
+    folder: Path, base: str, dtype: torch.dtype | None = None, kind: AdaptedKind = WAN, **hub: Any
+) -> Any:
     """The transformer of a base with the adapter in a folder, its LoRA merged.
 
     Args:
         folder: with the adapter.
         base: folder or hub id of the pipeline that it is for.
         dtype: of the weights.
+        kind: of the model.
         hub: how to reach the hub, as arguments of `from_pretrained`.
 
     Raises:
@@ -150,22 +185,23 @@ def adapted_transformer(folder: Path, base: str, dtype: torch.dtype | None = Non
     facts = _checked_facts(folder)
     config = facts["transformer"]
     known = Path(base).is_dir() and _check_base(folder, facts, base, base)
-    transformer = WanTransformer3DModel.from_pretrained(base, subfolder="transformer", dtype=dtype, **hub)
-    if len(transformer.blocks) != config["num_layers"]:
+    transformer = kind.transformer.from_pretrained(base, subfolder="transformer", dtype=dtype, **hub)
+    layers = len(getattr(transformer, kind.blocks))
+    if layers != config["num_layers"]:
         raise AdapterError(
-            f"{folder} belongs to a model of {config['num_layers']} layers, and {base} has {len(transformer.blocks)}: "
-            f"give the model it was made from, {facts['base']}, with base=."
+            f"{folder} belongs to a model of {config['num_layers']} layers, and {base} has {layers}: give the model it "
+            f"was made from, {facts['base']}, with base=."
         )
     if not Path(base).is_dir():
         known = "base_hash" in facts and _check_base(folder, facts, base, _downloaded(base, hub))
-    kind = ("patch_size", "in_channels", "out_channels")
-    if not known and all(_plain(transformer.config[key]) == _plain(config.get(key)) for key in kind):
+    shape = ("patch_size", "in_channels", "out_channels")
+    if not known and all(_plain(transformer.config[key]) == _plain(config.get(key)) for key in shape):
         raise AdapterError(
             f"{base} has been moved to the autoencoder of {folder} already: give the model that it was made from, "
             f"{facts['base']}, with base=."
         )
-    retarget(transformer, config["in_channels"], config["out_channels"])
-    load_adapter(transformer, folder)
+    kind.retarget(transformer, config["in_channels"], config["out_channels"])
+    load_adapter(transformer, folder, kind)
     if facts["lora"]:
         transformer.fuse_lora()
         transformer.unload_lora()
@@ -240,7 +276,9 @@ def own_autoencoder(folder: Path, stated: str) -> str:
 
 
 def _check_class(pipeline_class: Any, folder: Path, config: Mapping[str, Any]) -> None:
-    """AdapterError where a text-to-video class is asked for an image-to-video adapter, or the other way."""
+    """AdapterError where a class of videos is asked for an adapter for pictures, or for the other kind of videos."""
+    if isinstance(config.get("patch_size"), int):  # that of videos has three sides
+        raise AdapterError(f"{folder} is an adapter for text to image: load it with DCGenPipeline.")
     given, made = config.get("in_channels"), config.get("out_channels")
     image = pipeline_class._sees_image
     if isinstance(made, int) and given == (made if image else 2 * made + 4):
@@ -254,15 +292,17 @@ def load_adapted(
     base: str | Path | None = None,
     autoencoder: str | Path | None = None,
     autoencoder_config: Mapping[str, Any] | None = None,
+    kind: AdaptedKind = WAN,
     **options: Any,
 ) -> Any:
     """A pipeline from adapter-only weights and the base model they belong to, the LoRA merged.
 
     Args:
-        pipeline_class: `DCVideoGenPipeline` or `DCVideoGenImageToVideoPipeline`.
+        pipeline_class: `DCVideoGenPipeline` or `DCVideoGenImageToVideoPipeline`, or one of another `kind`.
         folder: with the adapter.
         base, autoencoder: instead of those that the adapter names.
         autoencoder_config: see `published_files.load_autoencoder`.
+        kind: of the model.
         options: of `from_pretrained` for the base pipeline, such as `dtype`, or components, such as `vae`.
 
     Raises:
@@ -287,18 +327,18 @@ def load_adapted(
             "device such as 'cuda', or save_pretrained the pipeline once and load that with it."
         )
     facts = read_facts(folder)
-    _check_class(pipeline_class, folder, facts["transformer"])
+    if kind is WAN:
+        _check_class(pipeline_class, folder, facts["transformer"])
     location = base_location(str(base if base is not None else facts["base"]))
     dtype = options.get("dtype", options.get("torch_dtype"))
     of = (lambda name: dtype.get(name, dtype.get("default"))) if isinstance(dtype, dict) else (lambda name: dtype)
     if "vae" in options:
         vae = options.pop("vae")
     else:
-        place = find_autoencoder(autoencoder or own_autoencoder(folder, facts["autoencoder"]), hub_options(options))
-        # A file may be of half precision, in which a base that is loaded in float32 is not meant to run.
-        vae = load_autoencoder(place, of("vae") or torch.float32, autoencoder_config, options.get("variant"))
+        place = autoencoder or own_autoencoder(folder, facts["autoencoder"])
+        vae = kind.autoencoder(place, of("vae"), options, autoencoder_config)
     hub = hub_options(options, "revision", "variant", "use_safetensors")
-    transformer = adapted_transformer(folder, location, of("transformer"), **hub)
+    transformer = adapted_transformer(folder, location, of("transformer"), kind, **hub)
     if base is None:  # else it does not follow from the folder what the weights are
         transformer.register_to_config(_name_or_path=str(folder))
     # Through diffusers' own class, because the base is one of its pipelines.

@@ -31,6 +31,9 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from .adapted import load_adapted
+from .adapted_images import FLUX, SANA
+from .adapter_folder import base_location, is_adapter, read_facts
 from .canvas import Canvas
 from .dtypes import resolve_dtypes
 from .published_files import hub_options, read_json
@@ -188,6 +191,8 @@ _FAMILIES = {
     "DCGenSanaPipeline": DCGenSanaPipeline,
     "SanaPipeline": DCGenSanaPipeline,
 }
+_KINDS = {DCGenFluxPipeline: FLUX, DCGenSanaPipeline: SANA}
+_OF_ADAPTERS = ("base", "autoencoder")
 
 
 class DCGenPipeline:
@@ -200,27 +205,48 @@ class DCGenPipeline:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:
         """Load a folder or hub id; arguments are those of `DiffusionPipeline.from_pretrained`.
 
-        A dtype may be a name, such as "bfloat16".
+        A dtype may be a name, such as "bfloat16". A folder with adapter-only weights (`adapter/` of a run or a
+        checkpoint of the recipe `ae_adapt`, or what `vidaccel.lora.export` wrote) is loaded onto the base that it
+        names; `base=` and `autoencoder=` give others.
 
         Raises:
-            ValueError: a dtype whose name is unknown, a pipeline of another family, or a model_index.json that
-                cannot be read.
+            ValueError: a dtype whose name is unknown, a pipeline of another family, a model_index.json that cannot be
+                read, an adapter that does not fit, or `base=` and `autoencoder=` for what is none.
             OSError: there is no such model.
         """
         kwargs = resolve_dtypes(kwargs)
         folder = Path(pretrained_model_name_or_path).expanduser()
-        if folder.is_dir():
-            pretrained_model_name_or_path, index = folder, _read_index(folder / "model_index.json")
-        else:
-            index = DiffusionPipeline.load_config(pretrained_model_name_or_path, **hub_options(kwargs, "revision"))
-        name = index.get("_class_name")
-        name = name[-1] if isinstance(name, list) else name
-        if name not in _FAMILIES:
-            kind = f"is a {name}" if name else "does not say in model_index.json which pipeline it is (_class_name)"
+        if folder.is_dir() and is_adapter(folder):
+            base = kwargs.get("base")
+            family = _family(base_location(str(read_facts(folder)["base"] if base is None else base)), kwargs)
+            return load_adapted(family, folder, kind=_KINDS[family], **kwargs)
+        if unused := [f"{name}=" for name in _OF_ADAPTERS if kwargs.pop(name, None) is not None]:
             raise ValueError(
-                f"{pretrained_model_name_or_path} {kind}; DC-Gen here is for FLUX and SANA: {', '.join(_FAMILIES)}."
+                f"{pretrained_model_name_or_path} is loaded as a diffusers pipeline, which has no use for "
+                f"{' and '.join(unused)}: give components instead, such as vae=."
             )
-        return _FAMILIES[name].from_pretrained(pretrained_model_name_or_path, **kwargs)
+        location = folder if folder.is_dir() else pretrained_model_name_or_path
+        return _family(location, kwargs).from_pretrained(location, **kwargs)
+
+
+def _family(location: str | os.PathLike, options: dict[str, Any]) -> Any:
+    """The class for a pipeline, which may be a stock one.
+
+    Raises:
+        ValueError: it is of another family.
+        OSError: there is none.
+    """
+    folder = Path(location)
+    if folder.is_dir():
+        index = _read_index(folder / "model_index.json")
+    else:
+        index = DiffusionPipeline.load_config(location, **hub_options(options, "revision"))
+    name = index.get("_class_name")
+    name = name[-1] if isinstance(name, list) else name
+    if name not in _FAMILIES:
+        kind = f"is a {name}" if name else "does not say in model_index.json which pipeline it is (_class_name)"
+        raise ValueError(f"{location} {kind}; DC-Gen here is for FLUX and SANA: {', '.join(_FAMILIES)}.")
+    return _FAMILIES[name]
 
 
 def _read_index(file: Path) -> dict[str, Any]:

@@ -29,9 +29,14 @@ from transformers import (
 
 import vidaccel.demo
 from vidaccel.lora import run
+from vidaccel.lora.adapter import AdaptedModel, save_adapter
 from vidaccel.lora.backbones import open_backbone
 from vidaccel.lora.config import ConfigError
-from vidaccel.pipelines import DCGenPipeline
+from vidaccel.lora.export import export_adapter
+from vidaccel.pipelines import DCGenPipeline, DCVideoGenPipeline
+from vidaccel.pipelines.deep_compression.adapted_images import FLUX, retarget_flux
+from vidaccel.pipelines.deep_compression.adapter_folder import AdapterError
+from vidaccel.pipelines.weight_files import transformer_files
 
 NAMES = ("flux", "sana")
 SIZE = {"frames": 1, "height": 32, "width": 64}
@@ -123,6 +128,41 @@ def test_a_whole_run(bases, tmp_path, name):
     assert any(".lora_A." in key for key in trained)
     assert not any("context" in key or "add_" in key or "attn2" in key or "caption" in key for key in trained)
     assert (tmp_path / "run" / "validation" / "00000004.png").is_file()
+    wanted = pipe.transformer.state_dict()
+    # The adapter alone, on its base: the result's, that of the last checkpoint, and what is passed on.
+    exported = export_adapter(tmp_path / "run", tmp_path / "small")
+    last = tmp_path / "run" / "checkpoints" / "step_00000004" / "adapter"
+    for folder in (tmp_path / "run" / "adapter", last, exported):
+        adapted = DCGenPipeline.from_pretrained(folder)
+        assert type(adapted) is type(pipe) and adapted.vae.config.latent_channels == 4
+        assert adapted.transformer.config.in_channels == adapted.transformer.config.out_channels == 4
+        made, off = adapted.transformer.state_dict(), 2e-3 if folder == exported else 1e-5
+        assert made.keys() == wanted.keys()
+        for key, value in wanted.items():
+            torch.testing.assert_close(made[key], value, rtol=off, atol=off, msg=key)
+    half = DCGenPipeline.from_pretrained(last, dtype="bfloat16", base=bases[name], autoencoder=bases["new"])
+    assert half.transformer.dtype == half.vae.dtype == torch.bfloat16
+    with pytest.raises(AdapterError, match="is an adapter for text to image: load it with DCGenPipeline"):
+        DCVideoGenPipeline.from_pretrained(last)
+    with pytest.raises(ValueError, match="loaded as a diffusers pipeline, which has no use for base= and autoencoder="):
+        DCGenPipeline.from_pretrained(result["pipeline"], base=bases[name], autoencoder=bases["new"])
+
+
+def test_an_adapter_of_another_family_or_base_is_refused(bases, tmp_path):
+    torch.manual_seed(4)
+    model = flux()
+    model.save_pretrained(tmp_path / "other")
+    transformer = retarget_flux(model.transformer, 4, 4)
+    facts = {"base": str(bases["flux"]), "base_hash": transformer_files(str(bases["flux"])), "autoencoder": "none"}
+    save_adapter(dict(transformer.named_parameters()), tmp_path / "a", FLUX.ends, facts, AdaptedModel.of(transformer))
+    new = bases["new"]
+    assert DCGenPipeline.from_pretrained(tmp_path / "a", autoencoder=new).transformer.config.in_channels == 4
+    with pytest.raises(AdapterError, match="was trained on .*, and the transformer of .*other has other weights"):
+        DCGenPipeline.from_pretrained(tmp_path / "a", base=tmp_path / "other", autoencoder=new)
+    with pytest.raises(ValueError, match="is a WanPipeline; DC-Gen here is for FLUX and SANA"):
+        DCGenPipeline.from_pretrained(tmp_path / "a", base="demo", autoencoder=new)
+    with pytest.raises(AdapterError, match="made for the autoencoder in none, which is not there"):
+        DCGenPipeline.from_pretrained(tmp_path / "a")
 
 
 @pytest.mark.parametrize("name", NAMES)
