@@ -103,6 +103,12 @@ class PhaseSettings(Settings):
             )
 
 
+def nothing_trained(phases: Iterable[PhaseSettings], where: str = "phases") -> Iterator[str]:
+    """The fault of phases that all have no steps: the result would be as untrained as the start."""
+    if not any(phase.steps for phase in phases):
+        yield f"{where}: no phase has steps, so nothing would be trained: give one at least 1."
+
+
 @dataclass(frozen=True)
 class LoopSettings(Settings):
     """What the loop does beside training.

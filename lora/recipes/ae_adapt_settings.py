@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..config import Settings, setting
-from ..settings import PhaseSettings, RunSettings, ValidationSettings
+from ..settings import PhaseSettings, RunSettings, ValidationSettings, nothing_trained
 
 
 @dataclass(frozen=True)
@@ -94,5 +94,6 @@ class AEAdaptSettings(RunSettings):
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def check(self) -> Iterator[str]:
+        yield from nothing_trained((self.phases.align, self.phases.head, self.phases.lora))
         if self.model.dtype != "float32" and self.loop.mixed_precision == "no":
             yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'

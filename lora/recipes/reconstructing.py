@@ -21,7 +21,7 @@ from ..generators import Generators
 from ..identities import dataset_identity
 from ..pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, Wanted, quality
-from ..settings import PhaseSettings, RunSettings, SizeSettings
+from ..settings import PhaseSettings, RunSettings, SizeSettings, nothing_trained
 from .base import Batch, Clips, Phase, Recipe, check_taken
 
 
@@ -60,6 +60,7 @@ class ReconstructionSettings(RunSettings):
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def check(self) -> Iterator[str]:
+        yield from nothing_trained(self.phases)
         names = [phase.name for phase in self.phases]
         if len(set(names)) < len(names):
             yield f"phases are named {', '.join(names)}: give each a name of its own."

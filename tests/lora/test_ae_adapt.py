@@ -409,3 +409,11 @@ def test_a_video_folder_with_a_damaged_file(
     )  # of which e is not measured
     assert "e.mp4 cannot be decoded: " in caplog.text
     assert ("it is left out" if cached else "another clip takes its place") in caplog.text
+
+
+def test_a_run_that_trains_nothing_is_refused(tmp_path, text_base, autoencoder_folder):
+    """Its result was the model with a new embedder at random."""
+    phases = {name: {"steps": 0} for name in ("align", "head", "lora")}
+    with pytest.raises(ConfigError, match="phases: no phase has steps, so nothing would be trained"):
+        run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases))
+    assert not (tmp_path / "run").exists()

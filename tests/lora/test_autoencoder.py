@@ -177,6 +177,8 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         ({"loss": {"perceptual": 1.0}}, "loss.perceptual needs .*or set it to 0"),
         ({"loss": {"l1": 0}}, "loss.l1, mse, edges and perceptual are all 0"),
         ({"phases": [{"steps": 1}, {"steps": 1}]}, "phases are named train, train"),
+        ({"phases": []}, "phases: no phase has steps, so nothing would be trained"),
+        ({"phases": [{"steps": 0}]}, "phases: no phase has steps"),
         (
             {"phases": [{"steps": 1, "optimizer": "muon"}], "loss": {"adversarial": 1, "discriminator_rate": 2}},
             "phases.0.optimizer is muon",
