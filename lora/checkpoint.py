@@ -110,6 +110,17 @@ class CheckpointFolder:
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
         return in_order(path for path in found if (path / _FACTS).is_file())
 
+    def latest_of(self, phase: str, step: int) -> Path | None:
+        """The last checkpoint that was written in a phase after so many steps of it, or fewer; None without any."""
+        for path in reversed(self.saved()):
+            try:
+                facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+                if facts["phase"] == phase and facts["step"] <= step:
+                    return path
+            except (OSError, ValueError, KeyError, TypeError):  # a damaged one is none to go on from
+                continue
+        return None
+
     def path(self, total_steps: int) -> Path:
         """Where the checkpoint after so many steps over all phases lies."""
         return self.folder / f"{_PREFIX}{total_steps:08d}"

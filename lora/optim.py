@@ -14,13 +14,28 @@ from .optional import optional
 from .settings import PhaseSettings
 
 
-def learning_rate(settings: PhaseSettings, step: int, seconds: float = 0.0) -> float:
-    """The learning rate of step `step` (from 0), `seconds` into the phase."""
+def learning_rate(
+    settings: PhaseSettings, step: int, seconds: float = 0.0, seconds_per_step: float | None = None
+) -> float:
+    """The learning rate of a step.
+
+    Args:
+        settings: of the phase.
+        step: its number, from 0.
+        seconds: how long the phase lasts by then.
+        seconds_per_step: how long a step takes, from which follows where `max_minutes` will end the phase; None where
+            that is not known yet.
+    """
     peak = settings.learning_rate
     if step < settings.lr_warmup_steps:
         return peak * (step + 1) / settings.lr_warmup_steps
     if settings.lr_scheduler == "constant":
-        left = min(1.0, (settings.steps - step) / settings.lr_decay_steps) if settings.lr_decay_steps else 1.0
+        left = 1.0
+        if settings.lr_decay_steps:
+            steps = float(settings.steps - step)
+            if settings.max_minutes is not None and seconds_per_step:
+                steps = min(steps, max(0.0, 60 * settings.max_minutes - seconds) / seconds_per_step)
+            left = min(1.0, steps / settings.lr_decay_steps)
         return peak * (settings.min_lr_rate + (1 - settings.min_lr_rate) * left)
     done = (step - settings.lr_warmup_steps) / max(1, settings.steps - settings.lr_warmup_steps)
     if settings.max_minutes is not None:

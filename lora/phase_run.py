@@ -21,6 +21,7 @@ from .generators import Generators, derive_seed
 from .low_bit import in_low_bits
 from .memory import out_of_memory, peak_gigabytes
 from .optim import clip_gradients, found_rate, learning_rate, make_optimizer, set_learning_rate
+from .pace import Pace
 from .phase_checks import check_loss
 from .phase_state import PhaseState
 from .prepared import prepare
@@ -29,7 +30,6 @@ from .recipes.base import Phase
 from .run_context import RunContext
 from .sharding import all_finite
 from .stopping import Stopped, StopRequested
-from .tracking import Means
 
 logger = logging.getLogger(__name__)
 
@@ -176,30 +176,31 @@ class PhaseRun:
 
     def _steps(self) -> None:
         settings, loop, tracker, state = self.settings, self.loop, self.context.tracker, self.state
-        means, begin, logged_at = Means(), time.perf_counter() - state.seconds, state.step
-        first, logged_seconds = state.step, state.seconds
+        begin, pace = time.perf_counter() - state.seconds, Pace(state.step, state.seconds)
+        first, before_first = state.step, state.seconds
         workers = self.context.config.data.workers
         stream = batches(self.clips, self.sampler, self.process.index, settings.steps, state.step, workers)
         self.model.train()
         with contextlib.closing(stream), self._shown() as advance:
             while not self._done():
-                rate = learning_rate(settings, state.step, state.seconds)
+                rate = learning_rate(settings, state.step, state.seconds, pace.seconds_per_step)
                 set_learning_rate(self.optimizer, rate)
                 before = random_state()
                 try:
                     step_values = self._one_step(stream)
                 except StopRequested:
                     self._stop(before)
-                means.add(step_values)
+                state.means.add(step_values)
                 state.step += 1
                 # One clock: learning rate and end follow from it, and must be the same in every process.
                 state.seconds = self.process.of_main(time.perf_counter() - begin)
+                pace.add(state.step, state.seconds)
                 advance()
                 last = self._done()
                 if state.step % loop.log_every == 0 or last:
-                    seconds = (state.seconds - logged_seconds) / (state.step - logged_at)
+                    seconds = (state.seconds - state.logged[1]) / (state.step - state.logged[0])
                     used = rate * found_rate(self.optimizer)
-                    values = {**means.take(self.accelerator), "learning_rate": used, "seconds_per_step": seconds}
+                    values = {**state.means.take(self.accelerator), "learning_rate": used, "seconds_per_step": seconds}
                     values |= peak_gigabytes(self.process.device)
                     if (epochs := self.sampler.epochs(state.step)) is not None:
                         values["epoch"] = epochs
@@ -208,9 +209,9 @@ class PhaseRun:
                     tracker.write(
                         self.phase.name, state.step, state.total_steps, values, settings.steps, self._left(seconds)
                     )
-                    logged_at, logged_seconds = state.step, state.seconds
+                    state.logged = (state.step, state.seconds)
                 elif state.step == first + 1:
-                    self._say_first_step(state.seconds - logged_seconds)
+                    self._say_first_step(state.seconds - before_first)
                 away = time.perf_counter()
                 validates = last or bool(loop.validate_every and state.step % loop.validate_every == 0)
                 if last or state.step % loop.save_every == 0:

@@ -11,6 +11,7 @@ from torch import nn
 from .checkpoint import Checkpoint, CheckpointError, Tensors, set_random_state
 from .ema import EMA
 from .sharding import copy_whole, optimizer_state, whole
+from .tracking import Means
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,6 +34,8 @@ class PhaseState:
         step: optimiser steps done in it.
         seconds: training time of the phase, by the clock of the main process.
         validation_due: whether the validation after `step` was cut off.
+        means: of the numbers of the steps behind the last line of the log.
+        logged: `step` and `seconds` of that line.
     """
 
     phase: str
@@ -46,6 +49,8 @@ class PhaseState:
     step: int = 0
     seconds: float = 0.0
     validation_due: bool = False
+    means: Means = field(default_factory=Means)
+    logged: tuple[int, float] = (0, 0.0)
 
     @property
     def total_steps(self) -> int:
@@ -85,6 +90,7 @@ class PhaseState:
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "validation_due": self.validation_due,
                 "inputs": self.inputs,
+                "logged": {"at": list(self.logged), **self.means.state(self.accelerator)},
             },
             random=_gathered(random, self.accelerator),
         )
@@ -109,6 +115,12 @@ class PhaseState:
             self.accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
         self.validation_due = checkpoint.validation_due
+        logged = checkpoint.state.get("logged")
+        if logged is None:  # of checkpoints of before
+            self.logged = (self.step, self.seconds)
+        else:
+            self.logged = (int(logged["at"][0]), float(logged["at"][1]))
+            self.means.restore(logged)
         if len(checkpoint.random) == self.accelerator.num_processes:
             set_random_state(checkpoint.random[self.accelerator.process_index])
 

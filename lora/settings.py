@@ -40,8 +40,9 @@ class PhaseSettings(Settings):
         lr_scheduler: what follows: "constant", or "cosine" or "linear" down to `min_lr_rate` of the peak. With
             `max_minutes` these two end when the time does, if that is earlier.
         lr_decay_steps: with "constant", the last steps, in which it falls to `min_lr_rate` of the peak in a straight
-            line. So a run may go on for as long as it gains, and be resumed with this to end (warm-up, stable, decay;
-            MiniCPM, arXiv 2404.06395, section 4).
+            line; with `max_minutes` those before the time ends, if that is earlier, by how long steps take. So a run
+            may go on for as long as it gains, and be resumed with this to end (warm-up, stable, decay; MiniCPM, arXiv
+            2404.06395, section 4).
         optimizer: "adamw"; "muon" (Muon for matrices, AdamW for the rest); an AdamW whose state takes 8 or 4 bits a
             number, of torchao or of bitsandbytes; or "prodigy", which finds the learning rate itself (Prodigy, arXiv
             2306.06101), of prodigyopt. These packages must be installed.

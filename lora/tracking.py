@@ -199,13 +199,28 @@ class Means:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + 1
 
+    def state(self, accelerator: Accelerator) -> dict[str, dict[str, float]]:
+        """What was added since the last `take`, over all processes, for `restore`; every process must call this."""
+        names = sorted(self._sums)
+        sums = _over_all([float(self._sums[name]) for name in names], accelerator)
+        return {"sums": dict(zip(names, sums, strict=True)), "counts": dict(self._counts)}
+
+    def restore(self, state: dict[str, dict[str, float]]) -> None:
+        """Go on from a `state`, in any number of processes."""
+        self._sums = dict(state["sums"])
+        self._counts = {name: int(count) for name, count in state["counts"].items()}
+
     def take(self, accelerator: Accelerator) -> dict[str, float]:
         """The means over all processes since the last call; every process must call this."""
         means = {name: float(total) / self._counts[name] for name, total in sorted(self._sums.items())}
         self._sums, self._counts = {}, {}
-        if accelerator.num_processes == 1 or not means:
-            return means
-        import torch
+        return dict(zip(means, _over_all(list(means.values()), accelerator), strict=True))
 
-        reduced = accelerator.reduce(torch.tensor(list(means.values()), device=accelerator.device), "mean")
-        return dict(zip(means, reduced.tolist(), strict=True))
+
+def _over_all(values: list[float], accelerator: Accelerator) -> list[float]:
+    """The mean of each number over all processes."""
+    if accelerator.num_processes == 1 or not values:
+        return values
+    import torch
+
+    return accelerator.reduce(torch.tensor(values, device=accelerator.device), "mean").tolist()

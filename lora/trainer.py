@@ -21,7 +21,7 @@ from ..generation.alone import alone
 from ..generation.errors import BadInput
 from ..pipelines.run_folder import RESULTS, SETTINGS
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
-from .config import ConfigError, as_yaml, differences, flat, load
+from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
 from .launched import check_accelerator, check_environment
 from .memory import out_of_memory
@@ -29,6 +29,7 @@ from .phase_checks import check_compiler, check_names, check_outline, check_phas
 from .phase_run import Diverged, PhaseRun
 from .processes import WAIT
 from .recipes.base import Phase, Recipe
+from .resuming import changed, check_inputs, check_steps
 from .run_context import RunContext
 from .settings import RunSettings
 from .step_clips import step_clips_differences
@@ -171,7 +172,7 @@ class Trainer:
                 check_some_compile(trained)
             inputs = self.recipe.inputs()
             if start.checkpoint is not None:
-                _check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
+                check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
             self._in_main(self._begin_folder)
             if self.process.is_main and start.checkpoint is None:
                 self.recipe.show_data(self.out)
@@ -286,14 +287,9 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was written with other settings, so it cannot be continued:\n  " + "\n  ".join(different)
             )
-        self._changed = _changed(then, self.config)
+        self._changed = changed(then, self.config)
         checkpoint = self.checkpoints.load(path)
-        steps = {phase.name: phase.settings.steps for phase in phases}
-        if checkpoint.phase not in steps:
-            raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, which this recipe does not have.")
-        if not steps[checkpoint.phase]:
-            raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, whose steps are 0 now: set 1 or more.")
-        over = phases[: list(steps).index(checkpoint.phase)]
+        over = check_steps(path, checkpoint, phases, self.checkpoints)
         different = step_clips_differences(
             then, self.config, len(checkpoint.random), self.process.count, [phase.settings for phase in over]
         )
@@ -348,32 +344,6 @@ class Trainer:
                 "accelerate launch was told of several processes, but started one: it starts one for each GPU. On a "
                 "CPU, add --multi_gpu to it and set loop.device to cpu."
             )
-
-
-def _changed(then: RunSettings, now: RunSettings) -> list[str]:
-    """A sentence for each setting with which the run does not go on as it would have, and that may change."""
-    before, after = flat(then), flat(now)
-    return [
-        f"{name} is {after[name]:g} from here on, and was {before[name]:g}."
-        if None not in (after[name], before[name])
-        else f"{name} is {after[name]} from here on, and was {before[name]}."
-        for name in after
-        if name.endswith((".learning_rate", ".max_grad_norm")) and before.get(name, after[name]) != after[name]
-    ]
-
-
-def _check_inputs(then: dict[str, str], now: dict[str, str]) -> None:
-    """Refuse to go on with other models or data than those of the checkpoint, wherever they lie.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    different = [name for name in sorted(then) if now.get(name) != then[name]]
-    if different:
-        raise CheckpointError(
-            "the run cannot be continued, because these do not hold what they held when it began (they may be moved, "
-            f"but not changed): {', '.join(different)}."
-        )
 
 
 def _gpu_name() -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import weakref
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +18,11 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 
 from vidaccel.generation.alone import OWNER, alone
-from vidaccel.lora import trainer
+from vidaccel.lora import phase_run, trainer
 from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
-from vidaccel.lora.config import ConfigError
+from vidaccel.lora.config import ConfigError, load
 from vidaccel.lora.optim import learning_rate, make_optimizer, set_learning_rate
+from vidaccel.lora.pace import Pace
 from vidaccel.lora.phase_run import PhaseRun
 from vidaccel.lora.processes import Process
 from vidaccel.lora.recipes.base import load_trained
@@ -125,10 +127,41 @@ def test_the_steps_of_a_constant_learning_rate_may_change(tiny_settings, run_tin
     settings = tiny_settings(phases={"first": {"steps": 4}, "second": {"steps": 1}})
     resumed = run_tiny(settings, "latest")
     assert all(torch.equal(value, resumed.trained[name]) for name, value in straight.trained.items())
+    with pytest.raises(CheckpointError, match="comes after 4 steps of first, whose steps are 2 now"):
+        run_tiny(tiny_settings(phases={"first": {"steps": 2}, "second": {"steps": 1}}), "latest")
     with pytest.raises(CheckpointError, match="in the phase second, whose steps are 0 now"):
         run_tiny(tiny_settings(phases={"second": {"steps": 0}}), "latest")
     with pytest.raises(CheckpointError, match="phases.first.steps: 4 then, 5 now"):
         run_tiny(tiny_settings(phases={"first": {"steps": 5, "lr_scheduler": "linear"}}), "latest")
+
+
+def test_fewer_steps_than_were_done_are_refused(tiny_settings, run_tiny):
+    """The result was that of all steps, beside settings with fewer."""
+    settings = {"loop": {"save_every": 1, "keep_last": 9}}
+    run_tiny(tiny_settings(phases={"first": {"steps": 4}, "second": {"steps": 0}}, **settings))
+    fewer = tiny_settings(phases={"first": {"steps": 2}, "second": {"steps": 0}}, **settings)
+    with pytest.raises(CheckpointError, match=r"after step 4 of .* first, .* are 2 now: give 4 or more, or") as told:
+        run_tiny(fewer, "latest")
+    assert load(type(fewer), Path(fewer.out) / "config.yaml").phases.first.steps == 4
+    earlier = str(told.value).partition("--resume ")[2].removesuffix(".")
+    assert earlier.endswith("step_00000002")
+    assert run_tiny(fewer, earlier).trained.keys()
+    shutil.rmtree(Path(fewer.out) / "checkpoints" / "step_00000001")
+    one = tiny_settings(phases={"first": {"steps": 1}, "second": {"steps": 0}}, **settings)
+    with pytest.raises(CheckpointError, match=r"step 4 of .* are 1 now: give 4 or more\.$"):
+        run_tiny(one, "latest")
+
+
+def test_a_line_of_the_log_is_over_all_of_its_steps_after_a_resume(tiny_settings, run_tiny, stop_after):
+    phases = {"first": {"steps": 4, "batch_size": 2}, "second": {"steps": 0}}
+    loop = {"log_every": 4}
+    run_tiny(straight := tiny_settings("straight", phases=phases, loop=loop))
+    stop_after(3)
+    with pytest.raises(Stopped):
+        run_tiny(settings := tiny_settings(phases=phases, loop=loop))
+    run_tiny(settings, "latest")
+    [wanted], [row] = ([r for r in log(s) if "loss" in r] for s in (straight, settings))
+    assert {k: row[k] for k in ("step", "loss", "uniform")} == {k: wanted[k] for k in ("step", "loss", "uniform")}
 
 
 def test_a_run_is_not_overwritten(tiny_settings, run_tiny):
@@ -451,6 +484,35 @@ def test_learning_rates():
     assert learning_rate(PhaseSettings(steps=5, learning_rate=0.3), 4) == 0.3
     decaying = PhaseSettings(steps=30, learning_rate=1.0, lr_decay_steps=10, min_lr_rate=0.2)
     assert [learning_rate(decaying, step) for step in (0, 20, 25, 29)] == pytest.approx([1.0, 1.0, 0.6, 0.28])
+    timed = replace(decaying, steps=1000, max_minutes=1)
+    known = [learning_rate(timed, step, 2.0 * step, 2.0) for step in (0, 20, 25, 29)]
+    assert known == pytest.approx([1.0, 1.0, 0.6, 0.28])  # the time ends after 30 steps
+    assert learning_rate(timed, 29, 61.0, 2.0) == pytest.approx(0.2) and learning_rate(timed, 0) == 1.0
+
+
+def test_the_pace_leaves_out_the_first_step_of_a_process():
+    """It may load and compile; where nothing else is known, that of the processes before counts."""
+    new = Pace(0, 0.0)
+    assert new.seconds_per_step is None
+    new.add(1, 60.0)
+    assert new.seconds_per_step is None
+    new.add(3, 64.0)
+    assert new.seconds_per_step == 2.0
+    resumed = Pace(10, 30.0)
+    resumed.add(11, 90.0)
+    assert resumed.seconds_per_step == 3.0
+    resumed.add(12, 92.0)
+    assert resumed.seconds_per_step == 2.0
+
+
+def test_the_rate_falls_before_the_time_ends(tiny_settings, run_tiny, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(phase_run, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    phase = {"steps": 10**6, "learning_rate": 0.01, "lr_decay_steps": 10, "max_minutes": 0.5}
+    settings = tiny_settings(phases={"first": phase, "second": {"steps": 0}}, loop={"save_every": 10**6})
+    run_tiny(settings)
+    rates = [row["learning_rate"] for row in log(settings) if "learning_rate" in row]
+    assert rates[5] == 0.01 and rates == sorted(rates, reverse=True) and rates[-1] < 0.003
 
 
 def test_a_run_that_went_on_for_long_is_ended_with_a_falling_rate(tiny_settings, run_tiny):
