@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from .file_modes import as_new_files
+
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
@@ -101,6 +103,7 @@ def write_stated(state: Mapping[str, torch.Tensor], config: Mapping[str, Any], p
     stated = json.dumps({name: config[name] for name in UNTOLD if name in config})
     if suffix == ".safetensors":
         save_file(dict(state), path, {"format": "pt", _CONFIG: stated})
+        as_new_files(path)
     else:
         torch.save({_WEIGHTS: dict(state), _CONFIG: stated}, path)
 

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..autoencoders.file_modes import as_new_files
 from ..generation.video import staged
 from ..pipelines.run_folder import ADAPTER, in_order, order_of
 from ..pipelines.run_folder import CHECKPOINT as _PREFIX
@@ -383,6 +384,7 @@ def _flush_folder(folder: Path) -> None:
 
 def _write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, flush: bool = True) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
+    as_new_files(path)
     if flush:
         with open(path, "rb+") as file:
             _flush(file)

@@ -27,12 +27,12 @@ def export_adapter(run: Path, target: Path) -> Path:
     import torch
     from diffusers import AutoencoderDC
     from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from ..autoencoders import AutoencoderDCV
     from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE
-    from .backbones.folders import forget_paths
-    from .checkpoint import replaced
+    from .backbones.folders import write_model
+    from .checkpoint import replaced, save_tensors
 
     source = run / "adapter"
     if not (source / FACTS_FILE).is_file():
@@ -51,10 +51,9 @@ def export_adapter(run: Path, target: Path) -> Path:
                 # The LoRA's alpha is in the metadata: without it, diffusers would take the rank.
                 with safe_open(source / name, "pt") as file:
                     metadata = file.metadata()
-                halves = {k: v.half().contiguous() for k, v in load_file(source / name).items()}
-                save_file(halves, draft / name, metadata)
-        vae.save_pretrained(draft / "vae")
-        forget_paths(draft)
+                halves = {k: v.half() for k, v in load_file(source / name).items()}
+                save_tensors(halves, draft / name, metadata)
+        write_model(vae, draft / "vae")
         (draft / FACTS_FILE).write_text(json.dumps({**facts, "autoencoder": "vae"}, indent=2) + "\n", encoding="utf-8")
     return target
 

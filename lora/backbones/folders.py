@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from ...autoencoders.checkpoint_file import variant_in
+from ...autoencoders.file_modes import as_new_files
 from ...pipelines.locations import is_hub_id
 from ...pipelines.weight_files import transformer_files, transformer_tensors
 from ..checkpoint import replaced
@@ -141,6 +144,7 @@ def write_model(model: Any, folder: Path) -> None:
     """
     with replaced(folder) as draft:
         model.save_pretrained(draft, safe_serialization=True)
+        as_new_files(draft)
         forget_paths(draft)
 
 
@@ -172,7 +176,9 @@ def write_pipeline(
     if gone := [name for name in there if not (source / name).is_dir()]:
         raise OSError(f"the base {base} has no {', '.join(gone)} any more, which the pipeline would have from it.")
     with replaced(folder) as draft:
-        pipe.save_pretrained(draft, safe_serialization=True)
+        with _untold_of_none():
+            pipe.save_pretrained(draft, safe_serialization=True)
+        as_new_files(draft)
         for name in there:
             shutil.copytree(source / name, draft / name, dirs_exist_ok=True)
         if autoencoder is not None:
@@ -181,6 +187,21 @@ def write_pipeline(
         content = json.loads(file.read_text(encoding="utf-8")) | {name: index[name] for name in there}
         file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         forget_paths(draft)
+
+
+@contextlib.contextmanager
+def _untold_of_none() -> Iterator[None]:
+    """Without what diffusers says of each component that is None, as if a pipeline lacked it."""
+
+    def told(record: logging.LogRecord) -> bool:
+        return "=None of type" not in record.getMessage()
+
+    log = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    log.addFilter(told)
+    try:
+        yield
+    finally:
+        log.removeFilter(told)
 
 
 def _copy_model(location: str, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -61,8 +62,14 @@ def trained_model(folder: Path):
 
 @pytest.fixture(scope="module", params=["full", "lora"])
 def finished(request, tmp_path_factory, text_base) -> tuple[str, Path, dict]:
-    folder = tmp_path_factory.mktemp("finished")
-    return request.param, folder, run("sla", settings(folder, text_base, request.param))
+    folder, told = tmp_path_factory.mktemp("finished"), []
+    listener = logging.Handler()
+    listener.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("diffusers").addHandler(listener)
+    result = run("sla", settings(folder, text_base, request.param))
+    logging.getLogger("diffusers").removeHandler(listener)
+    assert not [text for text in told if "cannot be saved" in text]  # it is copied
+    return request.param, folder, result
 
 
 # -- the loss ----------------------------------------------------------------------------------------------------------
