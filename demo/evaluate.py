@@ -89,6 +89,53 @@ def contact_sheet(videos: list[torch.Tensor], columns: int = 5, across: int = 2)
     return (torch.cat(rows, dim=1).permute(1, 2, 0).clamp(0, 1) * 255).round().byte()
 
 
+SHEETS = (".jpg", ".jpeg", ".png")
+"""How the name of a contact sheet may end."""
+
+
+def check_request(
+    weights: Path | None,
+    out: Path | None,
+    sheet: Path | None,
+    scheduler: str,
+    limit: int,
+    size: int,
+    frames: int,
+    device: str,
+    **counts: int,
+) -> None:
+    """See, before anything is loaded, that the measurement can be made and written. Arguments are those of `main`.
+
+    Raises:
+        ValueError: what is wrong, with the option, its value and what to give.
+    """
+    import torch
+
+    if weights is not None and not (weights / "model_index.json").is_file():
+        raise ValueError(f"--weights is {weights}, but must be the folder of a pipeline, with a model_index.json")
+    for option, file in (("--out", out), ("--sheet", sheet)):
+        if file is not None and (file.is_dir() or not file.parent.is_dir()):
+            what = (
+                "is a folder: give a file in it" if file.is_dir() else f"needs the folder {file.parent}: make it first"
+            )
+            raise ValueError(f"{option} {file} {what}")
+    if sheet is not None and sheet.suffix.lower() not in SHEETS:
+        raise ValueError(f"--sheet is {sheet}, but its name must end in {' or '.join(SHEETS)}")
+    if scheduler not in ("unipc", "euler"):
+        raise ValueError(f"--scheduler is {scheduler!r}: use unipc or euler")
+    if not 1 <= limit <= len(HELD_OUT_PROMPTS):
+        raise ValueError(f"--limit is {limit}, but must be between 1 and {len(HELD_OUT_PROMPTS)}")
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+    if size < 16 or size % 16:
+        raise ValueError(f"--size is {size}, but must be a multiple of 16 (8x autoencoder, patches of 2)")
+    if frames < 1 or frames % 4 != 1:
+        raise ValueError(f"--frames is {frames}, but must be 4k + 1, such as {world.FRAMES}")
+    if device != "cpu" and not (device.partition(":")[0] == "cuda" and torch.cuda.is_available()):
+        raise ValueError(f"--device is {device!r}: use cpu, or cuda where there is a GPU")
+
+
 def main(
     weights: Path | None = None,
     out: Path | None = None,
@@ -109,12 +156,14 @@ def main(
     --out writes everything as JSON, --sheet a contact sheet (.jpg, .png); --scheduler is unipc (as shipped) or euler.
     """
     import torch
+    import typer
     from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-    if not 1 <= limit <= len(HELD_OUT_PROMPTS):
-        raise ValueError(f"limit is {limit}, but must be between 1 and {len(HELD_OUT_PROMPTS)}")
-    if scheduler not in ("unipc", "euler"):
-        raise ValueError(f"scheduler is {scheduler!r}: use unipc or euler")
+    try:
+        check_request(weights, out, sheet, scheduler, limit, size, frames, device, steps=steps, batch_size=batch_size)
+    except ValueError as error:
+        typer.echo(f"Error: {error}.", err=True)
+        raise typer.Exit(2) from None
     if threads:
         torch.set_num_threads(threads)
     pipe = WanPipeline.from_pretrained(weights or path()).to(device)

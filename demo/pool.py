@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import world
 
@@ -20,18 +22,41 @@ def normalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
     return (latents - mean) / std
 
 
+def encoder_hash(vae: AutoencoderKLWan) -> str:
+    """What latents follow from: the encoder and its statistics. A decoder that is trained further leaves it as it is."""
+    import torch
+
+    digest = hashlib.sha256(repr((list(vae.config.latents_mean), list(vae.config.latents_std))).encode())
+    for name, value in sorted(vae.state_dict().items()):
+        if not name.startswith(("decoder.", "post_quant_conv.")):
+            digest.update(name.encode())
+            digest.update(value.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def check_encoder(state: Mapping[str, Any], encoder: str, checkpoint: Path) -> None:
+    """Raise ValueError for a checkpoint of a training on the latents of another encoder than `encoder`, its hash."""
+    if state.get("encoder", encoder) != encoder:
+        raise ValueError(
+            f"{checkpoint} was begun on another autoencoder than that in {checkpoint.parent / 'vae'}, of other latents: "
+            "put that one back, or delete the checkpoint to begin anew"
+        )
+
+
 def encode_pool(
     vae: AutoencoderKLWan, path: Path, clips: int, frames: int, size: int, seed: int, bf16: bool = False, chunk: int = 8
 ) -> tuple[torch.Tensor, list[str]]:
     """Whitened latents float16 `[clips, C, f, h, w]` of random training scenes, and their captions.
 
-    They are kept in files that begin with `path`; several processes each encode a share.
+    They are kept in files that begin with `path` and have the autoencoder in their names, of which another makes other
+    latents; several processes each encode a share.
     """
     import torch
 
     from .parallel import rank_and_size, wait_for_all
 
     rank, size_of_world = rank_and_size()
+    path = path.with_name(f"{path.name}_{encoder_hash(vae)}")
     parts = [path.with_name(f"{path.name}_{i}of{size_of_world}.pt") for i in range(size_of_world)]
     if not parts[rank].exists():
         latents, captions = [], []

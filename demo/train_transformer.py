@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from . import modeling, world
 from .optimizer import MuonWithAdamW
 from .parallel import average_gradients, rank_and_size, start
-from .pool import encode_pool
+from .pool import check_encoder, encode_pool, encoder_hash
 from .text import encode_text, ignore_padding_at_first, use_padded_cross_attention
 from .tokenizer import build_tokenizer, vocabulary
 from .training import Average, Log, LoopConfig, learning_rate, load_checkpoint, save_checkpoint, step_seed
@@ -158,13 +158,15 @@ def train_transformer(out: Path, stages: list[Stage], config: LoopConfig) -> Pat
 
     Raises:
         FileNotFoundError: without `out/vae`.
-        ValueError: when the steps disagree.
+        ValueError: when the steps disagree, or a checkpoint is of a training on another autoencoder.
     """
     import torch
     from diffusers import AutoencoderKLWan
 
     if not (out / "vae").is_dir():
-        raise FileNotFoundError(f"{out / 'vae'} does not exist: train the autoencoder first (`train vae --out {out}`)")
+        raise FileNotFoundError(
+            f"{out / 'vae'} does not exist: train the autoencoder first (`python -m vidaccel.demo.train vae {out}`)"
+        )
     if config.steps != sum(s.steps for s in stages):
         raise ValueError(
             f"steps is {config.steps}, but the stages have {sum(s.steps for s in stages)}: make them equal"
@@ -173,6 +175,7 @@ def train_transformer(out: Path, stages: list[Stage], config: LoopConfig) -> Pat
     rank, size = rank_and_size()
     torch.manual_seed(config.seed)
     vae = AutoencoderKLWan.from_pretrained(out / "vae").to(config.device).eval()
+    encoder = encoder_hash(vae)
     tokenizer = build_tokenizer()
     model = build_model().to(config.device)
     ignore_padding_at_first(model["transformer"])
@@ -182,6 +185,7 @@ def train_transformer(out: Path, stages: list[Stage], config: LoopConfig) -> Pat
     checkpoint, first, seconds = out / "transformer.ckpt", 0, 0.0
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, model, average, optimizer)
+        check_encoder(state, encoder, checkpoint)
         first, seconds = state["step"], state["seconds"]
     log = Log(out / "transformer.jsonl")
     begin = time.perf_counter() - seconds
@@ -236,7 +240,7 @@ def train_transformer(out: Path, stages: list[Stage], config: LoopConfig) -> Pat
             step += 1
             if rank == 0 and (step % config.save_every == 0 or step == config.steps):
                 spent = time.perf_counter() - begin
-                save_checkpoint(checkpoint, model, average, optimizer, step, seconds=spent)
+                save_checkpoint(checkpoint, model, average, optimizer, step, seconds=spent, encoder=encoder)
                 export_pipeline(vae, average, out / "pipeline")
     return out / "pipeline"
 

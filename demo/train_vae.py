@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from . import modeling, world
 from .optimizer import MuonWithAdamW
+from .pool import check_encoder, encoder_hash
 from .training import Average, Log, LoopConfig, learning_rate, load_checkpoint, save_checkpoint, step_seed
 
 if TYPE_CHECKING:
@@ -116,16 +117,19 @@ def train_decoder(out: Path, config: LoopConfig) -> Path:
 
     Raises:
         FileNotFoundError: without `out/vae`.
+        ValueError: a checkpoint is of a training on another autoencoder.
     """
     from diffusers import AutoencoderKLWan
 
     if not (out / "vae").is_dir():
-        raise FileNotFoundError(f"{out / 'vae'} does not exist: train the autoencoder first (`train vae {out}`)")
+        raise FileNotFoundError(
+            f"{out / 'vae'} does not exist: train the autoencoder first (`python -m vidaccel.demo.train vae {out}`)"
+        )
     vae = AutoencoderKLWan.from_pretrained(out / "vae").to(config.device)
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
-    average = _loop(out, "decoder", vae, decoder_batch, config)
+    average = _loop(out, "decoder", vae, decoder_batch, config, encoder_hash(vae))
     vae.load_state_dict(average.weights)
     vae.save_pretrained(out / "vae", safe_serialization=True)
     return out / "vae"
@@ -137,8 +141,12 @@ def _loop(
     vae: AutoencoderKLWan,
     draw: Callable[[int, int], torch.Tensor],
     config: LoopConfig,
+    encoder: str | None = None,
 ) -> Average:
-    """Run or continue the loop called `name`; returns the averaged weights."""
+    """Run or continue the loop called `name`; returns the averaged weights.
+
+    `encoder` is the hash of the one that stays as it is: a checkpoint would bring back that of its own training.
+    """
     import torch
 
     trained = ((key, p) for key, p in vae.named_parameters() if p.requires_grad)
@@ -147,6 +155,8 @@ def _loop(
     checkpoint, first, seconds = out / f"{name}.ckpt", 0, 0.0
     if checkpoint.exists():
         state = load_checkpoint(checkpoint, vae, average, optimizer)
+        if encoder is not None:
+            check_encoder(state, encoder, checkpoint)
         first, seconds = state["step"], state["seconds"]
     log = Log(out / f"{name}.jsonl")
     begin = time.perf_counter() - seconds
@@ -174,7 +184,8 @@ def _loop(
                 seconds=time.perf_counter() - begin,
             )
         if (step + 1) % config.save_every == 0 or step == config.steps - 1:
-            save_checkpoint(checkpoint, vae, average, optimizer, step + 1, seconds=time.perf_counter() - begin)
+            spent = time.perf_counter() - begin
+            save_checkpoint(checkpoint, vae, average, optimizer, step + 1, seconds=spent, encoder=encoder)
     return average
 
 

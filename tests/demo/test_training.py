@@ -2,14 +2,18 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 from vidaccel.demo import modeling
 from vidaccel.demo.optimizer import MuonWithAdamW
+from vidaccel.demo.train import app
 from vidaccel.demo.train_transformer import (
     Stage,
     build_model,
@@ -195,6 +199,45 @@ def test_the_transformer_trains_resumes_and_exports(trained_vae, tmp_path, monke
     half = load_file(shipped / "transformer/diffusion_pytorch_model.safetensors")
     assert all(v.dtype == torch.float16 for v in half.values())
     assert not any(str(tmp_path) in p.read_text() for p in shipped.rglob("*.json"))
+
+
+def test_another_autoencoder_makes_other_clips_and_ends_no_training(trained_vae, tmp_path, monkeypatch):
+    """The clips that the one before had encoded were taken, and a training went on in latents that meant something
+    else."""
+    monkeypatch.setattr("vidaccel.demo.train_vae.decoder_batch", lambda seed, step: vae_batch(seed, 100)[:1])
+    shutil.copytree(trained_vae, out := tmp_path / "out")
+    stages = [Stage(steps=1, size=16, batch_size=1, clips=2, frames=1)]
+    config = LoopConfig(steps=1, warmup=1, save_every=1, log_every=1)
+    train_transformer(out, stages, config)
+    (pool,) = out.glob("pool_*")
+    vae = AutoencoderKLWan.from_pretrained(out / "vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.bias += 1
+    vae.save_pretrained(out / "vae")
+    (out / "transformer.ckpt").unlink()
+    train_transformer(out, stages, config)
+    assert list(out.glob("pool_*")) == [pool]  # the decoder makes no latents
+    train_decoder(out, LoopConfig(steps=1, warmup=1, log_every=1))
+    with torch.no_grad():
+        vae.encoder.conv_in.weight += 0.1
+    vae.save_pretrained(out / "vae")
+    with pytest.raises(ValueError, match=r"transformer\.ckpt was begun on another autoencoder than that in .*vae"):
+        train_transformer(out, stages, config)
+    with pytest.raises(ValueError, match=r"decoder\.ckpt was begun on another autoencoder"):
+        train_decoder(out, LoopConfig(steps=2, warmup=1, log_every=1))
+    (out / "transformer.ckpt").unlink()
+    train_transformer(out, stages, config)
+    assert len(list(out.glob("pool_*"))) == 2
+
+
+def test_an_error_names_a_command_that_there_is(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError) as told:
+        train_transformer(tmp_path, [Stage(steps=1, size=16, batch_size=1, clips=1)], LoopConfig(steps=1))
+    command = shlex.split(str(told.value).split("`")[1])
+    assert command[:3] == ["python", "-m", "vidaccel.demo.train"]
+    folders = []
+    monkeypatch.setattr("vidaccel.demo.train_vae.train_vae", lambda out, config: folders.append(out))
+    assert CliRunner().invoke(app, command[3:]).exit_code == 0 and folders == [tmp_path]
 
 
 def crashing_rate(crash_at):
