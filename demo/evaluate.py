@@ -114,11 +114,10 @@ def check_request(
     if weights is not None and not (weights / "model_index.json").is_file():
         raise ValueError(f"--weights is {weights}, but must be the folder of a pipeline, with a model_index.json")
     for option, file in (("--out", out), ("--sheet", sheet)):
-        if file is not None and (file.is_dir() or not file.parent.is_dir()):
-            what = (
-                "is a folder: give a file in it" if file.is_dir() else f"needs the folder {file.parent}: make it first"
-            )
-            raise ValueError(f"{option} {file} {what}")
+        if file is not None and file.is_dir():
+            raise ValueError(f"{option} {file} is a folder: give a file in it")
+        if file is not None and not file.parent.is_dir():
+            raise ValueError(f"{option} {file} needs the folder {file.parent}: make it first")
     if sheet is not None and sheet.suffix.lower() not in SHEETS:
         raise ValueError(f"--sheet is {sheet}, but its name must end in {' or '.join(SHEETS)}")
     if scheduler not in ("unipc", "euler"):

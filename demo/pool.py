@@ -23,7 +23,7 @@ def normalise(vae: AutoencoderKLWan, latents: torch.Tensor) -> torch.Tensor:
 
 
 def encoder_hash(vae: AutoencoderKLWan) -> str:
-    """What latents follow from: the encoder and its statistics. A decoder that is trained further leaves it as it is."""
+    """Of what latents follow from: the encoder and its statistics, which a further training of the decoder leaves."""
     import torch
 
     digest = hashlib.sha256(repr((list(vae.config.latents_mean), list(vae.config.latents_std))).encode())
@@ -38,8 +38,8 @@ def check_encoder(state: Mapping[str, Any], encoder: str, checkpoint: Path) -> N
     """Raise ValueError for a checkpoint of a training on the latents of another encoder than `encoder`, its hash."""
     if state.get("encoder", encoder) != encoder:
         raise ValueError(
-            f"{checkpoint} was begun on another autoencoder than that in {checkpoint.parent / 'vae'}, of other latents: "
-            "put that one back, or delete the checkpoint to begin anew"
+            f"{checkpoint} was begun on another autoencoder than that in {checkpoint.parent / 'vae'}, of other "
+            "latents: put that one back, or delete the checkpoint to begin anew"
         )
 
 

@@ -125,10 +125,11 @@ class MediaFolder:
     def members(self, sizes: Sequence[SizeSettings]) -> Mapping[int, Sequence[int]]:
         found: dict[int, list[int]] = {number: [] for number in range(len(sizes))}
         short, longest = [], 0
+        least = min(self._lengths_of_videos(sizes), default=0)
         for number, entry in enumerate(self.entries):
             frames = self._frames(entry)
             chosen = self._sizes_of(entry, sizes)
-            if not chosen:
+            if not chosen and frames < least and kind_of(entry.path, self.data.kind) == "videos":
                 short.append(f"{entry.path.name} ({frames})")
                 longest = max(longest, frames)
             for size in chosen:
@@ -137,7 +138,7 @@ class MediaFolder:
                     clips = 1  # the start is random
                 parts = range(min(clips, self.data.clips or clips))
                 found[size] += [number * _PARTS + part for part in parts] * entry.repeats
-        least, rate = min(size.frames for size in sizes), f" at data.fps = {self.data.fps:g}" if self.data.fps else ""
+        rate = f" at data.fps = {self.data.fps:g}" if self.data.fps else ""
         if short:
             self._warn_once(
                 f"{len(short)} videos have less than {least} frames{rate} and are left out: {some(short)}; the longest "
@@ -149,6 +150,10 @@ class MediaFolder:
                 f"sizes: the longest has {longest}{rate}: give longer videos, or smaller `frames`."
             )
         return found
+
+    def _lengths_of_videos(self, sizes: Sequence[SizeSettings]) -> list[int]:
+        """Frames of the sizes that videos go to; where there are images, too, these have the sizes of 1 frame."""
+        return [size.frames for size in sizes if self.data.kind != "mixed" or size.frames > 1]
 
     def _frames(self, entry: Entry) -> int:
         return 1 if kind_of(entry.path, self.data.kind) == "images" else entry.media.frames_at(self.data.fps)

@@ -59,6 +59,21 @@ def test_images_go_to_the_sizes_of_one_frame_and_videos_to_the_others(folder):
     assert torch.allclose(grey, torch.tensor(150 / 127.5 - 1), atol=0.01)
 
 
+def test_videos_that_are_too_short_are_told_the_sizes_of_videos(folder, caplog):
+    """They were said to have less than 1 frames."""
+    longer = [*SIZES[:2], {"frames": 40, "height": 32, "width": 64}, {"frames": 99, "height": 32, "width": 64}]
+    data = settings(folder, sizes=longer, fps=None)
+    dataset = open_dataset(data, 0)
+    caplog.clear()
+    assert [len(clips) for clips in dataset.members(data.sizes).values()] == [2, 1, 0, 0]
+    [told] = caplog.messages
+    assert told.startswith("4 videos have less than 40 frames and are left out: a.mp4 (")
+    caplog.clear()
+    assert any(dataset.members(data.sizes[:2]).values()) and not caplog.messages  # a phase of pictures alone
+    with pytest.raises(ConfigError, match=r"no video in .* has the 40 frames of the shortest of the sizes"):
+        dataset.members(data.sizes[2:])
+
+
 def test_a_step_has_one_kind_and_shares_hold_against_the_number_of_clips(folder):
     data = settings(folder)
     sampler = ClipSampler(data.sizes, open_dataset(data, 0).members(data.sizes), 1)
