@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -25,4 +26,8 @@ def test_every_cell_runs(path, monkeypatch, tmp_path, capsys):
     script = tmp_path / f"{path.stem}.py"
     script.write_text("\n".join(lines), encoding="utf-8")
     runpy.run_path(str(script), run_name="__main__")
-    assert capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed
+    densities = [int(share) for share in re.findall(r"(\d+)% of the pairs", printed)]
+    assert all(share < 100 for share in densities)  # what is shown as sparse is
+    assert len(densities) == (2 if path.stem == "training" else 0)
