@@ -11,6 +11,7 @@ import typer
 
 from .errors import one_line_errors
 from .options import Threads, use_threads
+from .terminal import console
 
 if TYPE_CHECKING:
     from ..generation.showcase import Showcase
@@ -63,7 +64,6 @@ def demo_command(
 
 
 def _print(made: Showcase) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..generation.report import format_seconds
@@ -78,8 +78,8 @@ def _print(made: Showcase) -> None:
         told = "–" if accuracy is None else f"{accuracy.right} of {accuracy.prompts}"
         gain = f"{made.waterfall.gain(row):.2f}" if number else "–"
         table.add_row(f"+ {name}" if number else name, format_seconds(row.median), gain, told)
-    console = Console()
-    console.print(table)
+    shown = console()
+    shown.print(table)
     if made.steps:
         dense = made.steps["dense"].seconds
         table = Table(box=None, padding=(0, 2, 0, 0))
@@ -89,5 +89,5 @@ def _print(made: Showcase) -> None:
         for name, times in made.steps.items():
             gain = f"{dense / times.seconds:.2f}" if name != "dense" else "–"
             table.add_row(name, format_seconds(times.seconds), gain)
-        console.print(table)
+        shown.print(table)
     typer.echo(made.in_words())

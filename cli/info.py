@@ -10,6 +10,7 @@ import typer
 from ..generation.errors import mention, refuse_given
 from .errors import one_line_errors
 from .options import pipeline_arguments
+from .terminal import console
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +25,6 @@ def methods_command(
     ] = False,
 ) -> None:
     """What each method does, what it is good for and what it costs; or which models they work on."""
-    from rich.console import Console
     from rich.table import Table
 
     if families:
@@ -57,16 +57,15 @@ def methods_command(
             about["by default"] = by_default[name]
         for line, (title, text) in enumerate(about.items()):
             table.add_row("" if line else name, title, text)
-    Console().print(table, markup=False)
+    console().print(table)
 
 
 def _print_families() -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..pipelines.acceleration.families import NOT_SERVED, support_rows
 
-    console = Console()
+    shown = console()
     # One below the other: side by side, names of pipelines would be cut to what is the same in all of them.
     for row in support_rows():
         (_, family), *about = row.items()
@@ -75,11 +74,11 @@ def _print_families() -> None:
         table.add_column(overflow="fold")
         for title, text in about:
             table.add_row(title, text)
-        console.print(family, style="bold", markup=False, highlight=False)
-        console.print(table, markup=False)
-        console.print()
+        shown.print(family, style="bold", highlight=False)
+        shown.print(table)
+        shown.print()
     for name, why in NOT_SERVED.items():
-        console.print(f"not {name}: {why}", markup=False)
+        shown.print(f"not {name}: {why}")
 
 
 def info_command(
@@ -115,7 +114,6 @@ def info_command(
 
 def _print_machine() -> None:
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from ..attention.backends import BACKENDS
@@ -133,17 +131,16 @@ def _print_machine() -> None:
         table.add_column(title)
     for name, backend in BACKENDS.items():
         table.add_row(name, *(backend.unavailable(d) or "yes" for d in devices), backend.describe())
-    console = Console()
-    console.print(versions)
-    console.print()
-    console.print(table)
+    shown = console()
+    shown.print(versions)
+    shown.print()
+    shown.print(table)
 
 
 def _print_forecast(
     model: str, frames: int | None, height: int | None, width: int | None, dtype: str, options: dict[str, Any]
 ) -> None:
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from ..generation.forecast import forecast
@@ -159,4 +156,4 @@ def _print_forecast(
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for name, text in forecast(facts, settings.sized(facts), itemsize):
         table.add_row(name, text)
-    Console().print(table)
+    console().print(table)

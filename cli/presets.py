@@ -12,7 +12,7 @@ import typer
 from ..generation.errors import BadInput
 from .errors import one_line_errors
 from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
-from .terminal import can_show
+from .terminal import can_show, console
 
 if TYPE_CHECKING:
     from ..generation.waterfall import Waterfall
@@ -30,7 +30,6 @@ def presets_command(
     """The presets that come with the package: for which model, and what they do."""
     with one_line_errors():
         import yaml
-        from rich.console import Console
         from rich.table import Table
 
         from ..pipelines.presets import load_preset, shipped_presets
@@ -54,7 +53,7 @@ def presets_command(
             about = {"for": each.model or each.family, "what": each.summary, "levers": told}
             for line, (title, text) in enumerate(about.items()):
                 table.add_row("" if line else each.name, title, text)
-        Console().print(table, markup=False)
+        console().print(table)
 
 
 def waterfall_command(
@@ -151,7 +150,6 @@ def built_in_prompts(model: str) -> list[str]:
 
 
 def _print_table(made: Waterfall) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..generation.report import OVER_WHAT_DIFFERS, format_psnr, format_seconds
@@ -170,8 +168,7 @@ def _print_table(made: Waterfall) -> None:
         cells += [f"{sum(row.right)}/{len(row.right)}"] if checked else []
         computed, skipped = row.forwards
         table.add_row(*cells, f"{computed:g} of {computed + skipped:g}")
-    console = Console()
-    console.print(table, markup=False)
+    console().print(table)
     if made.leaves_out:
         typer.echo(OVER_WHAT_DIFFERS)
     for note in [*made.notes, *(f"{name}: {note}." for name, note in row_notes(made.rows))]:

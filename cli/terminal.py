@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..generation.comparison import Comparison, FrameMetrics, GeneratedVideo
 
 
@@ -38,6 +40,16 @@ def can_show(text: str) -> bool:
     return True
 
 
+def console() -> Console:
+    """Of standard output, for tables: names of files and methods are shown as they are, brackets and colons among them.
+
+    Of rich's own, "[v2]" is markup, which is left out or ends the command, and ":x:" an emoji.
+    """
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
 def command_line() -> str:
     """What was typed, for a shell."""
     return shlex.join(["vidaccel", *sys.argv[1:]])
@@ -56,7 +68,6 @@ def print_summary(
         comparison: of them, if any.
         said: notes that were shown before the steps.
     """
-    from rich.console import Console
     from rich.table import Table
 
     from ..generation.report import OVER_WHAT_DIFFERS, format_seconds
@@ -79,7 +90,7 @@ def print_summary(
             counts = None if video.account is None else video.account.counts()
             row.append("all" if counts is None else f"{counts['computed']} of {counts['forwards']}")
         table.add_row(*row, str(files[video.name]))
-    Console().print(table)
+    console().print(table)
     if comparison and any(metrics.leaves_out for metrics in comparison.metrics.values()):
         typer.echo(OVER_WHAT_DIFFERS)
     for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures

@@ -9,6 +9,7 @@ import typer
 
 from .errors import one_line_errors
 from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
+from .terminal import command_line, console
 
 if TYPE_CHECKING:
     from ..generation.tuning.result import Tuned
@@ -123,7 +124,6 @@ def tune_command(
 def _kept(out: Path) -> str:
     """What to say where `tune` was interrupted: what is kept, and how to go on with it."""
     from ..generation.tuning.journal import kept
-    from .terminal import command_line
 
     if not (count := kept(out)):
         return "Interrupted: nothing was measured yet."
@@ -150,7 +150,6 @@ def break_even_command(
     No weights are read. `vidaccel generate` and the ComfyUI nodes use what is found instead of 8,192 tokens.
     """
     with one_line_errors():
-        from rich.console import Console
         from rich.table import Table
 
         from ..generation.tuning.api import measured_break_even
@@ -171,13 +170,12 @@ def break_even_command(
             table.add_column(title, justify="right")
         for tokens, dense, sparse in sorted(found.points):
             table.add_row(f"{tokens:,}", f"{1000 * dense:.1f}", f"{1000 * sparse:.1f}", f"{dense / sparse:.2f}")
-        Console().print(table)
+        console().print(table)
         typer.echo(f"{key.heads} heads of {key.head_dim}, {key.dtype}, {key.machine}")
         typer.echo(f"{found.in_words()} Kept in {file}.")
 
 
 def _print_table(made: Tuned) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from ..generation.report import format_psnr, format_seconds
@@ -192,7 +190,7 @@ def _print_table(made: Tuned) -> None:
         own = each.confirmed
         cells = [format_seconds(own.median), f"{own.ratio:.2f}", format_psnr(own.mean_psnr), _error(own.error)]
         table.add_row(each.candidate.label, *cells, each.why or "chosen")
-    Console().print(table, markup=False)
+    console().print(table)
     left = len(made.tried) - len(made.confirmed)
     typer.echo(f"{left} more were measured on single steps or predicted; the page says why each was dropped.")
     for note in [*made.notes, *(f"{name} is left out: {why}" for name, why in made.dropped.items())]:

@@ -30,7 +30,7 @@ class Progress:
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
         if self._bars is not None:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             print(text, flush=True)
 

@@ -127,12 +127,12 @@ def test_progress_on_a_terminal_is_a_bar_below_the_lines(capsys):
     with progress.task("phase lora", 10, done=5, lines=False) as advance:
         with progress.task("validation videos", 3) as inner:
             inner()
-            progress.say("a line [0, 1]")
+            progress.say("a line [0, 1] of a:warning:b")
             progress._bars.refresh()
         advance()
         progress._bars.refresh()
     shown = console.file.getvalue()
-    assert "a line [0, 1]" in shown and "1/3" in shown and "6/10" in shown
+    assert "a line [0, 1] of a:warning:b" in shown and "1/3" in shown and "6/10" in shown
     assert capsys.readouterr().out == ""
     progress.say("without a bar")
     assert capsys.readouterr().out == "without a bar\n"
