@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .wrapping import wrapped
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
 
 COLOURS = ("#3d7fd0", "#d97b29", "#2f9e6e", "#9a63c4", "#c4476b", "#8a8a2f")
 """Lines of the charts: readable on white and on near-black."""
 INK = "#0a0b0c"
 """Stands for the page's own text colour in a figure; `figure_svg` replaces it."""
+_PADDING = 0.15
+"""Inches between the axes' left edge and a legend, and beyond it, at the least."""
 
 
 def line_chart(series: dict[str, tuple[float, ...]], ylabel: str, least_span: float) -> Figure:
@@ -39,7 +44,7 @@ def line_chart(series: dict[str, tuple[float, ...]], ylabel: str, least_span: fl
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", color=INK, alpha=0.12)
     axes.locator_params(axis="x", integer=True)
-    _legend(axes, len(series))
+    _legend(axes)
     return figure
 
 
@@ -78,7 +83,7 @@ def quantile_chart(deciles: dict[str, np.ndarray]) -> Figure:
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("clusters, smallest to largest (%)")
     axes.set_ylabel("tokens in the cluster")
-    _legend(axes, len(deciles))
+    _legend(axes)
     return figure
 
 
@@ -177,6 +182,34 @@ def _tint(axes: Axes) -> None:
         spine.set(color=INK, alpha=0.4)
 
 
-def _legend(axes: Axes, entries: int) -> None:
-    """Above the data, never on it."""
-    axes.legend(frameon=False, labelcolor=INK, ncols=min(4, entries), loc="lower left", bbox_to_anchor=(0, 1.0))
+def _legend(axes: Axes) -> None:
+    """Above the data, never on it, and within the figure: fewer names a line where they are long, and a higher figure.
+
+    A legend that is wider than the figure leaves no room for the axes, and is cut off.
+    """
+    figure = axes.get_figure(root=True)
+    figure.draw_without_rendering()  # the layout, for where the axes begin
+    room = figure.bbox.width - axes.bbox.x0 - _PADDING * figure.dpi
+    handles, names = axes.get_legend_handles_labels()
+
+    def put(columns: int, labels: list[str]) -> Legend:
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1.0)}
+        return axes.legend(handles, labels, frameon=False, labelcolor=INK, ncols=columns, **place)
+
+    line = put(len(names), names).get_window_extent().height
+    columns = min(4, len(names))
+    legend = put(columns, names)
+    while columns > 1 and legend.get_window_extent().width > room:
+        columns -= 1
+        legend = put(columns, names)
+    if (over := legend.get_window_extent().width - room) > 0:
+        text = legend.get_texts()[0]
+
+        def width(label: str) -> float:
+            text.set_text(label)
+            return text.get_window_extent().width
+
+        most = max(map(width, names)) - over
+        legend = put(1, [wrapped(name, width, most) for name in names])
+    wide, high = figure.get_size_inches()
+    figure.set_size_inches(wide, high + (legend.get_window_extent().height - line) / figure.dpi)

@@ -233,7 +233,7 @@ def measured_note(label: str, measured: float, expected: float) -> str:
 
 def labels(methods: Sequence[Method]) -> list[str]:
     """A name for each run, which can be part of a file's name: that of its method, and where several runs have one
-    method, the settings in which they differ ("svg2-top_p=0.8")."""
+    method, the settings in which they differ ("svg2-top_p=0.8"), but for those that one leaves out (None)."""
     told = [_settings(method) for method in methods]
     made = []
     for method, settings in zip(methods, told, strict=True):
@@ -244,7 +244,8 @@ def labels(methods: Sequence[Method]) -> list[str]:
 
 
 def _settings(method: Method) -> dict[str, str]:
-    """Field -> value as a text of letters, digits and what file names may have; those of the schedule among them."""
+    """Field that is not None -> value as a text of letters, digits and what file names may have; those of the schedule
+    among them."""
     values = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "schedule"}
     values |= {f.name: getattr(method.schedule, f.name) for f in fields(method.schedule)}
-    return {name: re.sub(r"[^\w.+-]+", "_", repr(value)) for name, value in values.items()}
+    return {name: re.sub(r"[^\w.+-]+", "_", repr(value)) for name, value in values.items() if value is not None}

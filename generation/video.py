@@ -7,21 +7,17 @@ import contextlib
 import functools
 import math
 import os
-import re
 import secrets
 import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .sound import Sound
-
-if TYPE_CHECKING:
-    from PIL import ImageFont
+from .wrapping import wrapped
 
 CRF = 16
 """Quality of H.264: 0 is lossless, 23 is x264's default; 16 is hard to tell from the source."""
@@ -173,7 +169,7 @@ def contact_sheet(videos: Mapping[str, np.ndarray], columns: int = 7, width: int
     chosen = np.unique(np.linspace(0, count - 1, min(columns, count)).round().astype(int))
 
     label_font, frame_font = ImageFont.load_default(size=20), ImageFont.load_default(size=16)
-    labels = {name: _wrapped(name, label_font, width * _MOST_LABEL) for name in videos}
+    labels = {name: wrapped(name, label_font.getlength, width * _MOST_LABEL) for name in videos}
     longest = max(label_font.getlength(line) for label in labels.values() for line in label.split("\n"))
     margin, gap, header = 16, 6, 30
     left = int(margin + longest + 14)
@@ -198,21 +194,6 @@ def contact_sheet(videos: Mapping[str, np.ndarray], columns: int = 7, width: int
             picture = Image.fromarray(frames[frame]).resize((cell_width, cell_height), Image.Resampling.LANCZOS)
             sheet.paste(picture, (left + column * (cell_width + gap), y + (row_height - cell_height) // 2))
     return np.asarray(sheet)
-
-
-def _wrapped(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, most: float) -> str:
-    """A name in lines of at most so many pixels, broken where its parts meet; within a part that is too long itself."""
-    lines, line = [], ""
-    for part in re.split(r"(?<=[- ])", name):
-        if line and font.getlength(line + part) > most:
-            lines.append(line)
-            line = ""
-        while font.getlength(part) > most and len(part) > 1:
-            end = next((n for n in range(len(part) - 1, 1, -1) if font.getlength(part[:n]) <= most), 1)
-            lines.append(part[:end])
-            part = part[end:]
-        line += part
-    return "\n".join([*lines, line])
 
 
 def png(image: np.ndarray) -> bytes:

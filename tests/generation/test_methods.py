@@ -162,12 +162,28 @@ def test_labels_tell_what_differs():
     assert labels([SVG2(), Radial()]) == ["svg2", "radial"]
     configs = [SVG2(top_p=0.9), Radial(), SVG2(top_p=0.8, density=0.3), SVG2(schedule=DenseSchedule(first_steps=2))]
     assert labels(configs) == [
-        "svg2-top_p=0.9-density=None-first_steps=0.3",
+        "svg2-top_p=0.9-first_steps=0.3",
         "radial",
         "svg2-top_p=0.8-density=0.3-first_steps=0.3",
-        "svg2-top_p=0.9-density=None-first_steps=2",
+        "svg2-top_p=0.9-first_steps=2",
     ]
     assert labels([Sparge(block=(64, 64)), Sparge()]) == ["sparge-block=_64_64_", "sparge-block=_128_64_"]
+
+
+def test_labels_leave_out_what_is_not_set():
+    """Of a density and a tolerance one is None; a label of settings that are all None is the method's name alone."""
+    configs = [Tangent(tolerance=0.1), Tangent(tolerance=0.2), Tangent(density=0.7), Tangent(density=0.7, k_clusters=8)]
+    assert labels(configs) == [
+        "tangent-tolerance=0.1",
+        "tangent-tolerance=0.2",
+        "tangent-density=0.7",
+        "tangent-density=0.7-k_clusters=8",
+    ]
+    assert labels([Tangent(), Tangent(probe=True), Tangent(probe=False)]) == [
+        "tangent",
+        "tangent-probe=True",
+        "tangent-probe=False",
+    ]
 
 
 def test_two_configs_of_one_method_are_compared(pipe, tmp_path):

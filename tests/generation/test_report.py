@@ -224,6 +224,32 @@ def test_figures_take_the_colour_of_the_page(reports):
         assert all(i.startswith(f"f{index}-") for i in re.findall(r'\bid="([^"]+)"', svg))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["tangent", "svg2", "radial"],
+        [f"svg2-top_p=0.{digit}" for digit in range(1, 8)],
+        ["tangent-tolerance=0.1-k_clusters=64", "tangent-tolerance=0.2-k_clusters=64", "tangent-density=0.7"],
+        ["svg2-top_p=0.9-density=0.25-first_steps=0.3-init_iterations=20-recluster_every=3", "radial"],
+        ["x" * 200],
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_legend_leaves_the_chart_its_room(names):
+    """However long the names are: matplotlib warned, and what was drawn was cut off."""
+    from vidaccel.generation.figures import line_chart
+
+    figure = line_chart({name: (40.0, 41.5) for name in names}, "PSNR (dB)", least_span=2)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    box = legend.get_window_extent()
+    assert 0 < box.x0 and box.x1 < figure.bbox.width and axes.bbox.y1 < box.y0 and box.y1 < figure.bbox.height
+    assert axes.bbox.width > 0.8 * figure.bbox.width and axes.bbox.height > 0.65 * 2.9 * figure.dpi
+    assert ["".join(text.get_text().split("\n")) for text in legend.get_texts()] == names
+    assert figure.get_size_inches()[0] == 4.9, "all charts of a page are as wide"
+
+
 def test_formats():
     assert [format_seconds(s) for s in (None, 0.0421, 3.14159, 119.9, 754)] == [
         "–",
