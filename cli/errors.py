@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ..generation.errors import BadInput
+from ..pipelines.whole_files import NotWritten
 
 _NAMES = {
     "prompt": "PROMPT",
@@ -80,6 +81,8 @@ def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: C
         raise typer.Exit(128 + number) from None
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
         message = error.worded(name) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
+        if isinstance(error, NotWritten):
+            message += " Files that were written before it are whole."
         if full := _out_of_memory(error):
             message = full
         elif type(error).__module__.partition(".")[0] != __name__.partition(".")[0] and not isinstance(error, OSError):

@@ -38,7 +38,7 @@ def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[
             if file.exists() and any(source.samefile(file) for source in sources):
                 raise BadInput(field, f"{what} is the file that {mention(name)} reads", other, value=given)
         try:
-            # With a name as long as that of `video.staged`.
+            # With a name as long as that of `whole_files.staged`.
             with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", suffix=".part"):
                 pass
         except OSError as error:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ..pipelines.whole_files import write_bytes
 from .comparison import Comparison, FrameMetrics, GeneratedVideo
 from .figures import figure_svg, heat_map, line_chart, quantile_chart
-from .video import contact_sheet, data_url, png, write_bytes
+from .video import contact_sheet, data_url, png
 
 if TYPE_CHECKING:
     import jinja2

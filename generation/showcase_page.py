@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.whole_files import write_bytes
 from .comparison import compare
 from .report import template, write_numbers, write_text
 from .showcase import Showcase
-from .video import contact_sheet, data_url, mp4_url, png, write_bytes
+from .video import contact_sheet, data_url, mp4_url, png
 
 NAMES = {
     "base": ("plain model", "20 steps, guidance in two passes"),

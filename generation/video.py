@@ -6,16 +6,15 @@ import base64
 import contextlib
 import functools
 import math
-import os
-import secrets
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+from ..pipelines.whole_files import staged, writing
 from .sound import Sound
 from .wrapping import wrapped
 
@@ -31,29 +30,6 @@ _LABEL_LINE = 26
 
 class EncodingError(RuntimeError):
     """ffmpeg could not encode a video."""
-
-
-@contextlib.contextmanager
-def staged(path: str | Path) -> Iterator[Path]:
-    """A hidden temporary name beside `path`; what was written there takes the final name when the block succeeds.
-
-    The temporary file is removed on any way out, so nobody ever sees half a file under the final name. It lies in the
-    same folder because a rename is atomic within one file system only.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_bytes(data: bytes, path: str | Path) -> Path:
-    """Write a whole file, or nothing when that fails."""
-    with staged(path) as temporary:
-        temporary.write_bytes(data)
-    return Path(path)
 
 
 def write_mp4(
@@ -74,6 +50,7 @@ def write_mp4(
     Raises:
         ValueError: frames of another shape or dtype, or `fps` not above 0.
         EncodingError: the encoder failed; nothing is left behind.
+        NotWritten: the sound cannot be written to the folder of temporary files.
     """
     frames = _checked(frames)
     _, height, width, _ = frames.shape
@@ -89,7 +66,8 @@ def write_mp4(
         heard: list[str] = []
         if sound is not None:
             samples = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "sound.wav"
-            sound.write_wav(samples, len(frames) / fps)
+            with writing(samples):
+                sound.write_wav(samples, len(frames) / fps)
             heard = ["-i", str(samples), "-c:a", "aac"]
         # fmt: off
         command = [

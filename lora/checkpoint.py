@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..autoencoders.file_modes import as_new_files
-from ..generation.video import staged
 from ..pipelines.run_folder import ADAPTER, in_order, order_of
 from ..pipelines.run_folder import CHECKPOINT as _PREFIX
 from ..pipelines.run_folder import CHECKPOINT_FACTS as _FACTS
+from ..pipelines.whole_files import NotWritten, staged
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +33,6 @@ _FORMAT = 2
 """1 had no checksums."""
 _TENSORS = ("trained", "weights", "ema")
 _FILES = (*(f"{name}.safetensors" for name in _TENSORS), "state.pt")
-
-
-class NotWritten(OSError):
-    """A file or folder that could not be written, and the space that is left; `reason` is the error itself."""
-
-    def __init__(self, path: Path, reason: Exception) -> None:
-        super().__init__(f"{path} could not be written: {reason}. {_free_space(path)}".rstrip())
-        self.reason = reason
 
 
 class CheckpointError(RuntimeError):
@@ -388,11 +380,3 @@ def _write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None
     if flush:
         with open(path, "rb+") as file:
             _flush(file)
-
-
-def _free_space(path: Path) -> str:
-    """Of the disk of a path that need not be there, such as below a folder that could not be made."""
-    for place in (path, *path.absolute().parents):
-        with suppress(OSError):
-            return f"{shutil.disk_usage(place).free / 2**20:.0f} MiB are free there."
-    return ""

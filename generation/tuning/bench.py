@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from ...pipelines.whole_files import write_bytes
 from ..comparison import compare
 from ..errors import BadInput, worded
 from ..presets import refusals
 from ..request import Settings
 from ..run import GenerationError, run, warm_up
-from ..video import write_bytes
 from .adapters import AdapterLever
 from .journal import Journal
 from .prediction import DenseRun

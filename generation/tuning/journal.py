@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...pipelines.whole_files import writing
 from ..errors import BadInput
 
 VERSION = 1
@@ -74,7 +75,7 @@ class Journal:
         return len(self._known)
 
     def _append(self, line: dict[str, Any], mode: str) -> None:
-        with self.file.open(mode, encoding="utf-8") as file:
+        with writing(self.file), self.file.open(mode, encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())

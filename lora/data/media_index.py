@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ...generation.media import Media, Undecodable
-from ...generation.video import staged
+from ...pipelines.whole_files import staged
 from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..processes import Process

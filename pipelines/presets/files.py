@@ -13,6 +13,7 @@ from ...attention.methods import METHODS, Method
 from ..locations import is_hub_id, is_single_file
 from ..nearest_name import nearest
 from ..plain_content import content_of
+from ..whole_files import write_bytes
 from .errors import PresetError
 from .preset import OWN, Preset
 
@@ -61,6 +62,7 @@ def save_preset(preset: Preset, place: str | Path) -> Path:
 
     Raises:
         PresetError: another suffix, or a folder that is not there; a method that a file cannot name.
+        NotWritten: it cannot be written; what was there is untouched.
     """
     file = Path(place).expanduser()
     if file.suffix not in SUFFIXES:
@@ -73,10 +75,7 @@ def save_preset(preset: Preset, place: str | Path) -> Path:
         text = json.dumps(content, indent=2) + "\n"
     else:
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-    part = file.with_name(f".{file.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
-    return file
+    return write_bytes(text.encode(), file)
 
 
 def _check_named(method: Method | None) -> None:

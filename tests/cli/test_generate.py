@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -267,6 +269,29 @@ def test_a_failing_encoder_is_one_line(vidaccel, tiny_model, tmp_path, monkeypat
     assert result.exit_code == 1
     assert "Error: ffmpeg could not write" in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_the_file_and_leaves_the_others(vidaccel, tiny_model, tmp_path, monkeypatch):
+    """The system says only that there is no space left, and not for what."""
+    write = Path.write_bytes
+
+    def full(path, data):
+        if ".html." in path.name:
+            write(path, data[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    options = ("--method", "svg2", "--density", 0.7, "--backend", "gather", "--compare", "--no-warm-up", *SMALL)
+    result = vidaccel("generate", "dot", "--model", tiny_model, *options, "--out", tmp_path / "clip.mp4")
+    page = tmp_path / "clip.report.html"
+    assert result.exit_code == 1, (result.output, result.exception)
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"Error: {page} could not be written: [Errno 28] No space left on device. ")
+    assert last.endswith(" MiB are free there. Files that were written before it are whole.")
+    left = {"clip.mp4", "clip.dense.mp4", "clip.report.json", "clip.report.png"}
+    assert {file.name for file in tmp_path.iterdir()} == left
+    assert len(read_video(tmp_path / "clip.mp4")[0]) == 9 and json.loads((tmp_path / "clip.report.json").read_text())
 
 
 @pytest.mark.parametrize(

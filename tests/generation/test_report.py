@@ -244,7 +244,7 @@ def test_a_legend_leaves_the_chart_its_room(names):
     (axes,) = figure.axes
     legend = axes.get_legend()
     box = legend.get_window_extent()
-    assert 0 < box.x0 and box.x1 < figure.bbox.width and axes.bbox.y1 < box.y0 and box.y1 < figure.bbox.height
+    assert box.x0 > 0 and box.x1 < figure.bbox.width and axes.bbox.y1 < box.y0 and box.y1 < figure.bbox.height
     assert axes.bbox.width > 0.8 * figure.bbox.width and axes.bbox.height > 0.65 * 2.9 * figure.dpi
     assert ["".join(text.get_text().split("\n")) for text in legend.get_texts()] == names
     assert figure.get_size_inches()[0] == 4.9, "all charts of a page are as wide"

@@ -11,7 +11,7 @@ import pytest
 from vidaccel.generation import video
 from vidaccel.generation.api import check_outputs
 from vidaccel.generation.media import Undecodable
-from vidaccel.generation.video import EncodingError, contact_sheet, staged, write_bytes, write_mp4
+from vidaccel.generation.video import EncodingError, contact_sheet, write_mp4
 from vidaccel.generation.video_reader import read_video
 
 
@@ -100,24 +100,6 @@ def test_an_encoder_that_cannot_is_known_before_the_steps(tmp_path, monkeypatch)
     with pytest.raises(EncodingError, match="videos cannot be written here"):
         check_outputs(None, tmp_path / "a.html", True)
     video.check_encoder.cache_clear()
-
-
-def test_interrupted_while_writing(tmp_path):
-    """Until the block ends the data lies in the same folder under another name, hidden; then it is gone."""
-
-    def write():
-        with staged(tmp_path / "clip.mp4") as temporary:
-            temporary.write_bytes(b"half")
-            assert temporary.parent == tmp_path
-            assert temporary.name.startswith(".")
-            assert not (tmp_path / "clip.mp4").exists()
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write()
-    assert list(tmp_path.iterdir()) == []
-    write_bytes(b"whole", tmp_path / "clip.mp4")
-    assert (tmp_path / "clip.mp4").read_bytes() == b"whole"
 
 
 @pytest.mark.parametrize(

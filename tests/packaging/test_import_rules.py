@@ -162,7 +162,7 @@ def test_the_check_finds_what_it_is_for(module, source, fault):
         ("vidaccel.attention.kernels.sparse", "import triton", False),
         ("vidaccel.pipelines.wan", "from ..attention.plan import BlockPlan\nfrom .. import __version__", False),
         ("vidaccel.cli.info", "from ..pipelines import accelerate\nfrom .. import demo, generation", False),
-        ("vidaccel.lora.trainer", "from ..generation.video import staged", False),
+        ("vidaccel.lora.trainer", "from ..generation.video import write_mp4", False),
         (
             "vidaccel.generation.report",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import diffusers",

@@ -1,0 +1,68 @@
+"""Files that are written beside their place, and appear there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+class NotWritten(OSError):
+    """A file or folder that could not be written, and the space that is left; `reason` is the error itself.
+
+    The system names no file where a disk is full.
+    """
+
+    def __init__(self, path: Path, reason: Exception) -> None:
+        super().__init__(f"{path} could not be written: {reason}. {_free_space(path)}".rstrip())
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[type[NotWritten], tuple[Path, Exception]]:
+        return type(self), (self.path, self.reason)  # through the pickle of a worker process
+
+
+@contextmanager
+def staged(path: str | Path) -> Iterator[Path]:
+    """A hidden temporary name beside `path`; what was written there takes the final name when the block succeeds.
+
+    The temporary file is removed on any way out, so nobody ever sees half a file under the final name. It lies in the
+    same folder because a rename is atomic within one file system only.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """A block that writes a file; an error of the system in it is `NotWritten`, which names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise NotWritten(Path(path), error) from error
+
+
+def write_bytes(data: bytes, path: str | Path) -> Path:
+    """Write a whole file, or nothing when that fails.
+
+    Raises:
+        NotWritten: it cannot be written; what was there is untouched.
+    """
+    with writing(path), staged(path) as temporary:
+        temporary.write_bytes(data)
+    return Path(path)
+
+
+def _free_space(path: Path) -> str:
+    """Of the disk of a path that need not be there, such as below a folder that could not be made."""
+    for place in (path, *path.absolute().parents):
+        with suppress(OSError):
+            return f"{shutil.disk_usage(place).free / 2**20:.0f} MiB are free there."
+    return ""

@@ -1,0 +1,55 @@
+"""Files that appear whole or not at all: what an interrupted write leaves, and what a failed one says."""
+
+from __future__ import annotations
+
+import errno
+import pickle
+import resource
+from pathlib import Path
+
+import pytest
+
+from vidaccel.pipelines.whole_files import NotWritten, staged, write_bytes
+
+
+def test_interrupted_while_writing(tmp_path):
+    """Until the block ends the data lies in the same folder under another name, hidden; then it is gone."""
+
+    def write():
+        with staged(tmp_path / "clip.mp4") as temporary:
+            temporary.write_bytes(b"half")
+            assert temporary.parent == tmp_path
+            assert temporary.name.startswith(".")
+            assert not (tmp_path / "clip.mp4").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
+    write_bytes(b"whole", tmp_path / "clip.mp4")
+    assert (tmp_path / "clip.mp4").read_bytes() == b"whole"
+
+
+@pytest.fixture
+def files_of_a_page():
+    """The system lets this process write files of 4096 bytes at the most, and then names no file either."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_could_not_be_written_is_named_and_leaves_the_old(tmp_path, files_of_a_page):
+    file = write_bytes(b"old", tmp_path / "page.html")
+    with pytest.raises(NotWritten) as caught:
+        write_bytes(bytes(5000), file)
+    assert str(caught.value).startswith(f"{file} could not be written: [Errno {errno.EFBIG}] ")
+    assert str(caught.value).endswith(" MiB are free there.")
+    assert [left.read_bytes() for left in tmp_path.iterdir()] == [b"old"]
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (again.path, str(again.reason)) == (file, str(caught.value.reason))
+
+
+def test_a_place_that_is_not_there(tmp_path):
+    with pytest.raises(NotWritten, match=f"^{tmp_path / 'none' / 'a.json'} could not be written: "):
+        write_bytes(b"{}", Path(tmp_path) / "none" / "a.json")
