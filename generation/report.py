@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -74,15 +75,20 @@ def contact_sheet_png(comparison: Comparison) -> bytes:
     return png(contact_sheet({v.name: v.frames for v in comparison.videos}))
 
 
-def summary(comparison: Comparison) -> dict[str, Any]:
-    """The numbers of a comparison, in types that JSON knows (identical frames have a PSNR of null)."""
+def summary(comparison: Comparison, folder: str | Path) -> dict[str, Any]:
+    """The numbers of a comparison, in types that JSON knows (identical frames have a PSNR of null).
+
+    Args:
+        comparison: with its files.
+        folder: of the numbers; the videos' files are named as from there.
+    """
     from ..attention.plain_values import plain
 
     videos = []
     for video, file in zip(comparison.videos, comparison.files, strict=True):
         entry: dict[str, Any] = {
             "name": video.name,
-            "file": file.name,
+            "file": _seen_from(Path(folder), file),
             "seconds": video.seconds,
             "seconds_per_step_median": video.step_seconds,
             "denoise_seconds": video.denoise_seconds,
@@ -147,7 +153,7 @@ def video_file(page: Path, name: str) -> Path:
 
 def write_json(comparison: Comparison, path: str | Path) -> Path:
     """Write `summary` as a file."""
-    return write_numbers(summary(comparison), path)
+    return write_numbers(summary(comparison, Path(path).parent), path)
 
 
 def write_numbers(numbers: dict[str, Any], path: str | Path) -> Path:
@@ -218,6 +224,14 @@ def format_psnr(value: float | None, identical: int = 0) -> str:
     if math.isinf(value):
         return "identical"
     return f"{value:.1f} dB ({identical} identical)" if identical else f"{value:.1f} dB"
+
+
+def _seen_from(folder: Path, file: Path) -> str:
+    """The path of a file from a folder, with "/"; whole where there is none, as between the disks of Windows."""
+    try:
+        return Path(os.path.relpath(file.resolve(), folder.resolve())).as_posix()
+    except ValueError:
+        return file.resolve().as_posix()
 
 
 def _metrics_summary(metrics: FrameMetrics) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_what_a_notebook_shows(comparison, clip, reports, monkeypatch):
 def test_the_numbers_of_a_comparison(comparison, clip, tmp_path):
     made = comparison(svg=clip, svg2=np.roll(clip, 1, axis=1))
     numbers = json.loads(write_json(made, tmp_path / "report.json").read_text())
-    assert numbers == json.loads(json.dumps(summary(made), allow_nan=False)) and numbers["version"] == 1
+    assert numbers == json.loads(json.dumps(summary(made, tmp_path), allow_nan=False)) and numbers["version"] == 1
     dense, svg, svg2 = numbers["videos"]
     assert dense["times_faster_than_dense"] == 1
     assert svg["times_faster_than_dense"] == 2
@@ -148,6 +149,19 @@ def test_the_numbers_of_a_comparison(comparison, clip, tmp_path):
     assert attention["backends"] == {"dense": 4, "flex": 8}
     assert attention["key_cluster_size_deciles"] == [5] * 11
     assert svg["attention"]["temporal_head_share"] == 0.25
+
+
+def test_the_numbers_name_videos_as_from_their_own_folder(comparison, clip, tmp_path):
+    """They may lie elsewhere, be named as from where the command ran, or be seen through a link."""
+    (tmp_path / "pages" / "of today").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "pages" / "of today", target_is_directory=True)
+    made = comparison(svg=clip)
+    for place in ("pages/of today", "link", "."):
+        numbers = write_json(made, tmp_path / place / "report.json")
+        files = [numbers.parent / video["file"] for video in json.loads(numbers.read_text())["videos"]]
+        assert not any(Path(video["file"]).is_absolute() for video in json.loads(numbers.read_text())["videos"])
+        assert all(file.samefile(other) for file, other in zip(files, made.files, strict=True))
+    assert json.loads((tmp_path / "report.json").read_text())["videos"][0]["file"] == "dense.mp4"
 
 
 def test_the_page(comparison, clip, tmp_path):
