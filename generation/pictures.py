@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,8 +49,9 @@ def read_picture(path: str | Path, background: str | tuple[int, int, int] = BACK
         A PIL image of mode "RGB".
 
     Raises:
-        PictureError: the file cannot be read, is damaged, holds several frames, or has numbers whose black and white it
-            does not tell (32 bits or floating point).
+        PictureError: the file cannot be read, is damaged, holds several frames, has more pixels than PIL reads
+            (twice `PIL.Image.MAX_IMAGE_PIXELS`, 179 million), or numbers whose black and white it does not tell (32
+            bits or floating point).
     """
     with _opened(path) as image:
         _check_single(image)
@@ -89,7 +92,7 @@ def picture_size(path: str | Path) -> tuple[int, int]:
     """Height and width of a picture as it is shown, from its header; all of the file is read, but not decoded.
 
     Raises:
-        PictureError: it is no picture, damaged where that shows, or holds several frames.
+        PictureError: it is no picture, damaged where that shows, has too many pixels, or holds several frames.
     """
     with _opened(path) as image:
         _check_single(image)
@@ -204,14 +207,24 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     # What PIL's readers raise for damaged files, each its own.
     damage = (
         *(OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError),
-        *(RuntimeError, struct.error, zlib.error, Image.DecompressionBombError),
+        *(RuntimeError, struct.error, zlib.error),
     )
     try:
         # Not by its path: PIL would map a file that is not compressed, and map one that is turned in the wrong shape.
-        with open(path, "rb") as file, Image.open(file) as image:
-            yield image
+        with open(path, "rb") as file:
+            with warnings.catch_warnings():
+                # PIL warns from half of its bound on, of an attack.
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                opened = Image.open(file)
+            with opened as image:
+                yield image
     except UnidentifiedImageError as error:
         raise PictureError(f"{path} is no picture, or one of a kind that is not known here.") from error
+    except Image.DecompressionBombError as error:
+        has = re.search(r"(\d+) pixels", str(error))  # in PIL's words alone: it opens no such picture
+        told = f"{int(has[1]):,} pixels" if has else "too many pixels"
+        most = f"at most {2 * (Image.MAX_IMAGE_PIXELS or 0):,} are read"
+        raise PictureError(f"{path} has {told}: {most}. Give a smaller one.") from error
     except FileNotFoundError as error:
         raise PictureError(f"{path}: no such file.") from error
     except damage as error:

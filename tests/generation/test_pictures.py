@@ -280,13 +280,26 @@ def test_an_avif_without_its_item(tmp_path):
             read(path)
 
 
-def test_a_picture_too_large_to_be_true(tmp_path, monkeypatch):
-    """PIL's error for it is no OSError."""
-    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_a_picture_too_large_to_be_true(tmp_path, monkeypatch, suffix):
+    """PIL's error for it is no OSError, and speaks of an attack."""
+    path = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (64, 64)).save(path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     for read in (read_picture, picture_size):
-        with pytest.raises(PictureError, match="a.png cannot be read as a picture: .*decompression bomb"):
-            read(tmp_path / "a.png")
+        with pytest.raises(PictureError) as caught:
+            read(path)
+        assert str(caught.value) == f"{path} has 4,096 pixels: at most 2,000 are read. Give a smaller one."
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch):
+    """PIL warns from half of its bound on; whoever calls keeps their own filters."""
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    assert read_picture(tmp_path / "a.png").size == (64, 64) and picture_size(tmp_path / "a.png") == (64, 64)
+    with pytest.raises(Image.DecompressionBombWarning):
+        Image.open(tmp_path / "a.png")
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
