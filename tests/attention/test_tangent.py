@@ -234,6 +234,17 @@ def test_what_a_layout_does_not_allow():
         Tangent(tolerance=0.1, k_clusters=169).check(LAYOUT)
 
 
+def test_a_config_that_has_the_other_can_be_changed_as_the_message_says():
+    """`replace` hands on a density that nobody gave."""
+    for config, change in ((Tangent(), {"tolerance": 0.1}), (Tangent(tolerance=0.1), {"density": 0.3})):
+        with pytest.raises(ValueError, match=r"set that to None: density=None, tolerance=0\.1, or") as caught:
+            replace(config, **change)
+        (name, value), *_ = change.items()
+        other = "density" if name == "tolerance" else "tolerance"
+        assert f"{other}=None, {name}={value}" in str(caught.value)
+        assert replace(config, **{other: None}, **change) == Tangent(**change)
+
+
 def test_for_density_leaves_the_density_to_a_tolerance():
     method = Tangent.for_density(LAYOUT, 0.01, tolerance=0.1)
     assert (method.density, method.tolerance) == (None, 0.1)
