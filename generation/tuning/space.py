@@ -215,8 +215,8 @@ def sparse_levers(
                 method = build_method(name, layout, **each)
                 check_stand_ins("auto", device, method)
             except BadInput as error:
-                amount = each.get("density") or each["overrides"]["tolerance"]
-                refused[f"{name} {amount:g}"] = error.problem
+                ((setting, amount),) = each.get("overrides", each).items()
+                refused[f"{name} {setting} {amount:g}"] = error.problem
                 continue
             method = replace(method, schedule=DenseSchedule())
             for precision in (None, *precisions):

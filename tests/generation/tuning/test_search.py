@@ -536,7 +536,12 @@ def test_levers_that_a_size_does_not_allow_are_told():
     assert {lever.method.name for lever in made} == {"svg2"} and all(
         not lever.method.schedule.first_steps for lever in made
     )
-    assert set(refused) == {"radial 0.2", "radial 0.4"} and "cannot reach" in refused["radial 0.2"]
+    assert set(refused) == {"radial density 0.2", "radial density 0.4"}
+    assert "cannot reach" in refused["radial density 0.2"]
+    made, refused = sparse_levers(("tangent",), VideoLayout(3, 4, 4), torch.device("cpu"), "thorough")
+    labels = {lever.label for lever in made}
+    assert {"tangent tolerance 0.05", "tangent tolerance 0.1", "tangent density 0.4"} <= labels
+    assert {"tangent density 0.05", "tangent density 0.1"} <= set(refused) and not labels & set(refused)
 
 
 def test_caches_and_schedules():
