@@ -31,7 +31,7 @@ def test_interrupted_while_writing(tmp_path):
 
 
 @pytest.fixture
-def files_of_a_page():
+def small_files():
     """The system lets this process write files of 4096 bytes at the most, and then names no file either."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -39,7 +39,7 @@ def files_of_a_page():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_could_not_be_written_is_named_and_leaves_the_old(tmp_path, files_of_a_page):
+def test_what_could_not_be_written_is_named_and_leaves_the_old(tmp_path, small_files):
     file = write_bytes(b"old", tmp_path / "page.html")
     with pytest.raises(NotWritten) as caught:
         write_bytes(bytes(5000), file)
