@@ -108,8 +108,8 @@ class Tangent(Method):
         if self.density is not None and self.tolerance is not None:
             raise ValueError(
                 f"Tangent has density {self.density} and tolerance {self.tolerance}: give one; the other follows. "
-                "Where a config is changed that has the other (a density of 0.2 where none was given), set that to None: "
-                f"density=None, tolerance={self.tolerance}, or tolerance=None, density={self.density}."
+                "Where a config is changed that has the other (a density of 0.2 where none was given), set that to "
+                f"None: density=None, tolerance={self.tolerance}, or tolerance=None, density={self.density}."
             )
         if self.density is not None:
             check_fraction("Tangent", "density", self.density, fix="0.2 computes 20 % of the pairs")
