@@ -9,7 +9,7 @@ import torch
 from .backends import Backend, Request, pick, pick_special
 from .backends.base import AS_INPUTS, SMALL_TILE, Precision
 from .compensate import attend_skipped
-from .gradients import wants_gradient
+from .gradients import has_tangent, wants_gradient
 from .merge import merge
 from .plan import BlockPlan
 from .slopes import follow
@@ -151,6 +151,13 @@ def choose_backend(
 
     Where the precision is not that of the inputs, "auto" chooses among the backends that have it.
     """
+    if has_tangent(q, k, v) and (
+        backend != "reference" or (plan.skipped is not None and plan.skipped.slope is not None)
+    ):
+        raise RuntimeError(
+            "derivatives of forward mode (torch.func.jvp) flow through the backend 'reference' alone, and through no "
+            "plan whose stand-ins have slopes (Tangent): name that backend, or take them in backward mode."
+        )
     grad = wants_gradient(q, k, v)
     shape = (q.device, q.dtype, q.shape[-1], q.shape[2])
     own = plan.skipped is not None and plan.skipped.of_each_tile
@@ -211,6 +218,13 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockP
     for axis, size, lead in zip(("batch", "heads"), q.shape[:2], plan.lead, strict=True):
         if lead not in (1, size):
             raise ValueError(f"the plan's {axis} dimension is {lead}, but q has {size}; it must be that or 1.")
+    if plan.skipped is not None:
+        batch, count, dim = *plan.skipped.key.shape[:2], plan.skipped.key.shape[-1]
+        if batch not in (1, q.shape[0]) or count not in (1, q.shape[1]) or dim != q.shape[-1]:
+            raise ValueError(
+                f"the plan's stand-ins are for {batch} batch entries and {count} heads of {dim} channels, but q has "
+                f"{q.shape[0]}, {q.shape[1]} and {q.shape[-1]}: the first two must be those or 1."
+            )
     orders, heads = 1 if plan.kv_order is None else plan.kv_order.shape[1], k.shape[1]
     if orders % heads and heads % orders:
         raise ValueError(

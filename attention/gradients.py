@@ -1,4 +1,4 @@
-"""Whether a call may have a backward pass, and what is kept for one that may come."""
+"""Whether a call may have derivatives, and what is kept for a backward pass that may come."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 
 @contextlib.contextmanager
@@ -19,3 +20,10 @@ def normal_tensors() -> Iterator[None]:
 def wants_gradient(*tensors: torch.Tensor) -> bool:
     """Whether gradients are recorded, and flow to one of these."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def has_tangent(*tensors: torch.Tensor) -> bool:
+    """Whether one of these carries a derivative of forward mode (`torch.func.jvp`)."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)

@@ -111,6 +111,8 @@ class BlockPlan:
             raise ValueError(f"BlockPlan.pv_threshold is {self.pv_threshold}: it must be above 0, or None for none.")
         if self.skipped is not None and self.selection is None:
             raise ValueError("BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters.")
+        if self.skipped is not None and self.selection is not None:
+            self.skipped.check(*self.selection[0].shape[-2:], self.device)
         if len({t.device for t in self._tensors()}) > 1:
             raise ValueError(f"BlockPlan tensors lie on several devices: {[str(t.device) for t in self._tensors()]}.")
 

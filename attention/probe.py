@@ -188,8 +188,8 @@ def _numbers(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`log_mass [...]`, the bias and the squares, from scaled `q [..., D]` and `means [..., 2D]` as they are stored.
 
-    As they are stored: so the stand-in is exact at the centroid. (That of the kernel is so for the centroid rounded to
-    the dtype of the keys.)
+    As they are stored: so the stand-in is exact at the centroid. (That of the kernel is so before its keys are rounded
+    to the dtype of the table.)
     """
     key, value = means.float().split(q.shape[-1], -1)
     return log_mass, log_mass - torch.linalg.vecdot(q, key), torch.linalg.vector_norm(value, dim=-1).square()

@@ -59,6 +59,20 @@ class SkippedClusters:
                 f"got {slope} and {centre}."
             )
 
+    def check(self, tiles: int, clusters: int, device: torch.device) -> None:
+        """Raise a ValueError where these are not for so many tiles and clusters of a plan on a device."""
+        wanted = ([tiles] if self.of_each_tile else []) + [clusters]
+        given = list(self.key.shape[2:-1])
+        bias = None if self.bias is None else list(self.bias.shape[2:])
+        slopes = 0 if self.slope is None else self.slope.shape[2]
+        if given != wanted or bias not in (None, [tiles, clusters]) or slopes > tiles:
+            raise ValueError(
+                f"SkippedClusters has keys for {given} and a bias for {bias} tiles and clusters, and {slopes} slopes, "
+                f"but the plan's selection has {tiles} tiles and {clusters} clusters."
+            )
+        if self.key.device != device:
+            raise ValueError(f"SkippedClusters lies on {self.key.device}, and the plan on {device}.")
+
     @property
     def of_each_tile(self) -> bool:
         """Whether each tile has keys and values of its own."""

@@ -70,6 +70,8 @@ class GatherBackend(Backend):
             rows = [_join([e.attend(tile, None, scale, return_lse) for tile in e.tiles], 2) for e, _, _ in entries]
             out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
             out = unpermute(out, plan.q_order).to(q.dtype)  # autocast may have made it another
+            if wants_gradient(q, k, v) and not out.requires_grad:  # nothing is read
+                out = out + 0.0 * (q.sum() + k.sum() + v.sum())
             return out, None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order).squeeze(-1)
         places = _Places(q, v.shape[-1], plan.q_order, return_lse)
         work = [(*entry, tile) for entry in entries for tile in entry[0].tiles]

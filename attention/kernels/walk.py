@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..gradients import normal_tensors
 from ..plan import BlockPlan
 from .launch import FUSED, Tiles, on_device
 from .runs import cut_runs
@@ -84,7 +85,8 @@ def kept_on(plan: BlockPlan, key: tuple, make: Callable[[], Iterable[torch.Tenso
     if stream not in kept:
         if len(kept) == STREAMS:
             del kept[next(iter(kept))]  # torch gives its memory to what comes later on that stream
-        kept[stream] = list(make())
+        with normal_tensors():  # a backward pass may be the next that reads it
+            kept[stream] = list(make())
     return kept[stream]
 
 

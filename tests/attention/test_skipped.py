@@ -267,3 +267,37 @@ def test_tables_that_lie_side_by_side_are_one():
     assert together.side_by_side().equal(pairs)
     for key, value in ((pairs[..., 8:], pairs[..., :8]), (pairs[..., :8].clone(), pairs[..., 8:])):
         assert SkippedClusters(key, value, bias).side_by_side() is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: {"key": s.key[:, :, :-1], "value": s.value[:, :, :-1], "bias": s.bias[..., :-1]},
+            "has 6 tiles and 12",
+        ),
+        (lambda s: {"bias": s.bias[:, :, :-1]}, r"a bias for \[5, 12\]"),
+        (lambda s: {"slope": torch.cat([s.slope, s.slope[:, :, :1]], 2), "centre": None}, "and 7 slopes"),
+    ],
+)
+@pytest.mark.parametrize("probed", [False, True])
+def test_tables_of_another_plan_are_refused(change, message, probed):
+    """The kernels would read beyond them."""
+    q, k, v = clustered(LAYOUT, 0.5)
+    plan = Tangent(**SETTINGS, probe=probed, density=0.4).plan(q, k, v, LAYOUT, PlanMemory())
+    if probed and "key" in change(plan.skipped):
+        less = (x[:, :, :, :-1] for x in (plan.skipped.key, plan.skipped.value))
+        wrong = replace(plan.skipped, **dict(zip(("key", "value"), less, strict=True)))
+        message = r"keys for \[6, 11\]"
+    else:
+        wrong = replace(plan.skipped, **change(plan.skipped))
+    with pytest.raises(ValueError, match=message):
+        replace(plan, skipped=wrong)
+
+
+def test_tables_of_other_channels_or_heads_are_refused():
+    q, k, v = clustered(LAYOUT, 0.5)
+    plan = plan_of(q, k, v, LAYOUT, compensate=True)
+    narrow = replace(plan.skipped, key=plan.skipped.key[..., :8], value=plan.skipped.value[..., :8])
+    with pytest.raises(ValueError, match="for 2 batch entries and 2 heads of 8 channels, but q has 2, 2 and 16"):
+        sparse_attention(q, k, v, replace(plan, skipped=narrow))

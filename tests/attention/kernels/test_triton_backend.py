@@ -8,7 +8,7 @@ import pytest
 import torch
 from plans import untrained
 
-from vidaccel import DenseSchedule, SparseAttention, VideoLayout
+from vidaccel import BlockPlan, DenseSchedule, SparseAttention, VideoLayout, sparse_attention
 from vidaccel.attention import StepInfo
 from vidaccel.attention.backends import PREFERENCE, Request
 from vidaccel.attention.backends.base import AS_INPUTS
@@ -190,4 +190,15 @@ def test_a_plan_made_in_inference_mode_serves_a_training_step(device, name):
     q.requires_grad_()
     engine.enter(StepInfo(run=1, num_steps=4), layout)
     engine(q, k, v, 0).sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_a_plan_used_in_inference_mode_serves_a_training_step(device):
+    """Of tiles of 32 the walk of the backward pass is that of the forward pass."""
+    plan = BlockPlan.from_block_mask(torch.ones(4, 4, dtype=torch.bool).tril(), 32, 32, 128, 128).to(device)
+    q, k, v = torch.randn(3, 1, 2, 128, 64).to(device)
+    with torch.inference_mode():
+        sparse_attention(q, k, v, plan, backend="triton")
+    q.requires_grad_()
+    sparse_attention(q, k, v, plan, backend="triton").sum().backward()
     assert q.grad.isfinite().all()
