@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .clusters import Clusters, spend
@@ -16,9 +18,6 @@ class Budget:
         pairs: squared error, rank and cost of each pair, `[B, h, Cq, Ck]` (`clusters.rank_pairs`).
         queries, keys: the clusters, both with the sizes of each query head.
         layout: where the video's tokens are. heads: which of the heads these are.
-
-    Attributes:
-        least: the density of text and stand-ins alone, `[B]`.
     """
 
     def __init__(
@@ -34,8 +33,12 @@ class Budget:
         self._text = layout.tokens**2 - layout.video_tokens**2
         self._all = self._rank.shape[1] * layout.tokens**2
         self._stand_ins = heads.gather(keys.sizes > 0).sum((1, 2))
-        self.least = (self._rank.shape[1] * self._text + self._stand_ins * self._video).float() / self._all
         self._sorted: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @functools.cached_property
+    def least(self) -> torch.Tensor:
+        """The density of text and stand-ins alone, `[B]`."""
+        return (self._rank.shape[1] * self._text + self._stand_ins * self._video).float() / self._all
 
     def of_density(self, density: float) -> torch.Tensor:
         """The selection `[B, h, Cq, Ck]` with which text, stand-ins and pairs are a density, to the nearest pair."""
