@@ -112,7 +112,8 @@ class BlockPlan:
         if self.skipped is not None and self.selection is None:
             raise ValueError("BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters.")
         if self.skipped is not None and self.selection is not None:
-            self.skipped.check(*self.selection[0].shape[-2:], self.device)
+            tiles, clusters = self.selection[0].shape[-2:]
+            self.skipped.check(tiles, clusters, self.device)
         if len({t.device for t in self._tensors()}) > 1:
             raise ValueError(f"BlockPlan tensors lie on several devices: {[str(t.device) for t in self._tensors()]}.")
 
