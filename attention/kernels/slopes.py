@@ -68,17 +68,17 @@ def _slopes_kernel(
         rows = token_rows(order_ptr + b * order_sb + h * order_sh, rows, inside, True, True)
     d = tl.arange(0, D_PAD)
     x = load_rows(x_ptr + b * x_sb + h * x_sh, rows, x_sn, inside, d, D, D_PAD, True)
-    has_slope = tile < tiles
+    known = d < tl.where(tile < tiles, D, 0)  # the last tiles, those of text, have no slope
     at = (b * heads + h) * tiles + tile
     if centre_ptr is not None:
-        centre = tl.load(centre_ptr + at * D + d, mask=(d < D) & has_slope, other=0.0)
+        centre = tl.load(centre_ptr + at * D + d, mask=known, other=0.0)
         x = (x.to(tl.float32) - centre[None, :]).to(x.dtype)
     slope_ptr += at * D * D
     out_ptr += b * out_sb + h * out_sh
     result_ptr += b * result_sb + h * result_sh
     for first in range(0, D, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
-        own = (d < D)[:, None] & (column < D)[None, :] & has_slope
+        own = known[:, None] & (column < D)[None, :]
         slope = tl.load(slope_ptr + d[:, None] * D + column[None, :], mask=own, other=0.0)
         out = load_rows(out_ptr, rows, out_sn, inside, column, D, COLUMNS, True)
         moved = tl.dot(x, slope, input_precision="ieee")
