@@ -332,6 +332,7 @@ def main(
     figure(table, out / "quality.png")
     paid_for = any(line["wanted"] == PAID_FOR for line in table)
     older = any(line["method"].endswith(EARLIER) for line in table)
+    fewer = any(line["videos"] < prompts for line in table)
     write_markdown(
         out / "quality.md",
         "Quality of the methods on the demo model",
@@ -352,6 +353,7 @@ def main(
             if older
             else ""
         )
+        + ("; rows of fewer *videos* are of some of these prompts" if fewer else "")
         + ". The controls keep random blocks of 16 tokens: *random* draws them anew at each step, so that its errors "
         "partly cancel over the run, and is what methods must beat that plan at each step; *random, fixed* keeps them "
         "for the run, as `radial` does.\n\n"
