@@ -28,7 +28,8 @@ class Budget:
         layout: VideoLayout,
         heads: HeadShare,
     ) -> None:
-        self._error, self._rank, self._cost = (heads.gather(x) for x in pairs)
+        self._error = pairs[0]
+        self._rank, self._cost = (heads.gather(x) for x in pairs[1:])
         self._queries, self._heads, self._video = queries, heads, layout.video_tokens
         self._text = layout.tokens**2 - layout.video_tokens**2
         self._all = self._rank.shape[1] * layout.tokens**2
@@ -50,8 +51,8 @@ class Budget:
         """The estimated error of a selection `[B, h, Cq, Ck]` over all heads, relative to the outputs of the centroids,
         `[B, h, Cq, D]`: `[B]`.
         """
-        norm = self._heads.gather((self._queries.sizes.unsqueeze(-1) * outputs.square()).sum((-1, -2))).sum(-1)
-        left = self._error.masked_fill(self._heads.gather(selected), 0.0).sum((1, 2, 3))
+        of_heads = self._error.masked_fill(selected, 0.0), self._queries.sizes.unsqueeze(-1) * outputs.square()
+        left, norm = (self._heads.gather(x.sum((-1, -2))).sum(-1) for x in of_heads)
         # Rounding leaves a little below 0 of products of covariances that are 0.
         return (left / norm.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0).sqrt()
 

@@ -109,9 +109,11 @@ class BlockPlan:
             )
         if self.pv_threshold is not None and not self.pv_threshold > 0:
             raise ValueError(f"BlockPlan.pv_threshold is {self.pv_threshold}: it must be above 0, or None for none.")
-        if self.skipped is not None and self.selection is None:
-            raise ValueError("BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters.")
-        if self.skipped is not None and self.selection is not None:
+        if self.skipped is not None:
+            if self.selection is None:
+                raise ValueError(
+                    "BlockPlan.skipped needs the selection it belongs to: make the plan with from_clusters."
+                )
             tiles, clusters = self.selection[0].shape[-2:]
             self.skipped.check(tiles, clusters, self.device)
         if len({t.device for t in self._tensors()}) > 1:

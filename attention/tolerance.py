@@ -83,6 +83,7 @@ class Measured:
             value = group_product(scores.softmax(-1), text[1].float())
             self._text = scores.logsumexp(-1, keepdim=True), value
         self._dense = self._output(torch.ones_like(self._read_mass, dtype=torch.bool))
+        self._whole = self._over_layer(self._dense).clamp(min=torch.finfo(torch.float32).tiny)
 
     def of_tiles(self, x: torch.Tensor) -> torch.Tensor:
         """Of a table `[B, H, Cq, Ck]` the row of each query's tile, `[B, H, R, Ck]`."""
@@ -93,9 +94,11 @@ class Measured:
         query, `[B, H, R, Ck]`.
         """
         read = read | self._read_mass.isneginf()  # of empty ones nothing is left out
-        wrong = (self._output(read) - self._dense).square().sum((-1, -2))
-        wrong, whole = (self._heads.gather(x).sum(1) for x in (wrong, self._dense.square().sum((-1, -2))))
-        return (wrong / whole.clamp(min=torch.finfo(torch.float32).tiny)).sqrt()
+        return (self._over_layer(self._output(read) - self._dense) / self._whole).sqrt()
+
+    def _over_layer(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of squares of `[B, H, R, D]` over all heads of the layer, `[B]`."""
+        return self._heads.gather(x.square().sum((-1, -2))).sum(1)
 
     def _output(self, read: torch.Tensor) -> torch.Tensor:
         """`[B, H, R, D]`, of the queries when they read some clusters, `[B, H, R, Ck]`."""
@@ -129,7 +132,8 @@ def within(
         The density, at least `least` and 1 where no other fits, and its error, both `[B]`.
     """
     aim, tiny = AIM * tolerance, torch.finfo(torch.float32).tiny
-    low, low_error = least, error(least).clamp(min=tiny)
+    least_error = error(least)
+    low, low_error = least, least_error.clamp(min=tiny)
     alone = low_error <= tolerance
     high, high_error = torch.ones_like(least), torch.zeros_like(least)
     tried = _beyond(low, low_error, aim, 1)
@@ -146,7 +150,7 @@ def within(
         between = low * (high / low) ** torch.where(high_error < aim / FAR, 0.5, share)
         tried = torch.where(high < 1, between, _beyond(low, low_error, aim, turn + 2))
     density = torch.where(alone, least, high)
-    return density, torch.where(alone, error(least), high_error)
+    return density, torch.where(alone, least_error, high_error)
 
 
 def _beyond(density: torch.Tensor, error: torch.Tensor, aim: float, reach: int) -> torch.Tensor:

@@ -249,9 +249,8 @@ class Tangent(Method):
                 None if before is None else before[:, 0],
             )
             selected = budget.reads(pairs[1], density)
-            memory.call["tangent_density"] = density.unsqueeze(-1).expand(
-                -1, q.shape[1]
-            )  # by head, as all that is kept
+            # By head, as all that is kept.
+            memory.call["tangent_density"] = density.unsqueeze(-1).expand(-1, q.shape[1])
         dtype = k.dtype if k.dtype.itemsize < 4 else torch.float32
         slope = slopes_of(mass.masked_fill(selected, 0.0), spread.moves, dtype)
         plan = plan_with_text(queries, keys, selected, layout)
