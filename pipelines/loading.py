@@ -6,8 +6,9 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, get_type_hints
+
+from .quiet_logs import only_logs
 
 if TYPE_CHECKING:
     import torch
@@ -115,22 +116,15 @@ def _offload_blocks(pipe: DiffusionPipeline, device: torch.device) -> None:
             part.to(device)
 
 
-@contextlib.contextmanager
-def _silent_on_projections() -> Iterator[None]:
+def _silent_on_projections() -> contextlib.AbstractContextManager[None]:
     """While this lasts, diffusers does not say that what was learned of SLA and VSA is not used: `accelerate` reads
     it."""
 
-    def says_more(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
+    def says_more(text: str) -> bool:
         names = re.findall(r"[\w.]+\.(?:weight|bias)\b", text) if "were not used" in text else []
         return not names or not all(".proj_l." in name or ".to_gate_compress." in name for name in names)
 
-    log = logging.getLogger("diffusers.models.modeling_utils")
-    log.addFilter(says_more)
-    try:
-        yield
-    finally:
-        log.removeFilter(says_more)
+    return only_logs("diffusers.models.modeling_utils", says_more)
 
 
 def as_video_to_video(pipe: DiffusionPipeline) -> DiffusionPipeline:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 from ...autoencoders.checkpoint_file import variant_in
 from ...autoencoders.file_modes import as_new_files
 from ...pipelines.locations import is_hub_id
+from ...pipelines.quiet_logs import only_logs
 from ...pipelines.weight_files import transformer_files, transformer_tensors
 from ..checkpoint import replaced
 from ..config import ConfigError
@@ -189,19 +189,9 @@ def write_pipeline(
         forget_paths(draft)
 
 
-@contextlib.contextmanager
-def _untold_of_none() -> Iterator[None]:
+def _untold_of_none() -> contextlib.AbstractContextManager[None]:
     """Without what diffusers says of each component that is None, as if a pipeline lacked it."""
-
-    def told(record: logging.LogRecord) -> bool:
-        return "=None of type" not in record.getMessage()
-
-    log = logging.getLogger("diffusers.pipelines.pipeline_utils")
-    log.addFilter(told)
-    try:
-        yield
-    finally:
-        log.removeFilter(told)
+    return only_logs("diffusers.pipelines.pipeline_utils", lambda message: "=None of type" not in message)
 
 
 def _copy_model(location: str, target: Path) -> None:
