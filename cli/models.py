@@ -149,7 +149,6 @@ def _write_pipeline(
 def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> None:
     """A published file as the folder of an `AutoencoderDCV`."""
     from ..autoencoders.convert import CheckpointError, load_published
-    from ..autoencoders.file_modes import as_new_files
     from ..pipelines.drafts import beside
     from ..pipelines.errors import first_line
 
@@ -161,7 +160,6 @@ def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> N
         raise BadInput("source", f"it cannot be converted ({first_line(error)})", value=source) from error
     with beside(target) as draft:
         model.save_pretrained(draft)
-        as_new_files(draft)
 
 
 def adapt_command(

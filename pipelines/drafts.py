@@ -9,12 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..autoencoders.file_modes import as_new_files
+
 logger = logging.getLogger(__name__)
 
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `target` at the end, or vanishes on an error.
+
+    Its weights may be read by whom any new file may be read by.
 
     Raises:
         OSError: no folder can be made there.
@@ -30,6 +34,7 @@ def beside(target: Path) -> Iterator[Path]:
         ) from error
     try:
         yield draft
+        as_new_files(draft)
         os.replace(draft, target)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)

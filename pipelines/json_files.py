@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from .weight_files import transformer_file
+from .whole_files import write_bytes
 
 
 def write_json(path: Path, content: Any) -> Path:
-    """Write a file as people read it."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path
+    """Write a whole file as people read it, or nothing.
+
+    Raises:
+        NotWritten: it cannot be written, which names it.
+    """
+    return write_bytes((json.dumps(content, indent=2) + "\n").encode(), path)
 
 
 def stated(base: str, part: str, name: str, error: type[ValueError]) -> tuple[Any, Path] | None:

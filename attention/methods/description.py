@@ -18,6 +18,13 @@ def describe(method: Method) -> dict[str, Any]:
     return {"method": method.name, "settings": settings, "schedule": asdict(method.schedule)}
 
 
+def in_words(method: Method) -> str:
+    """Its name and the amount of work that it was given, such as `tangent density 0.2`."""
+    amount = {name: getattr(method, name, None) for name in ("density", "tolerance", "topk", "cdf", "decay", "top_p")}
+    told = [f"{k} {v:.3g}" for k, v in amount.items() if isinstance(v, int | float)]
+    return " ".join([method.name, *told[:1]])  # a density of SVG2 stands in place of its top_p
+
+
 def described(stated: Mapping[str, Any]) -> Method:
     """The method of a description.
 

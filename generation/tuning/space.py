@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ...attention.methods.description import in_words
 from ..errors import BadInput
 from ..machine import check_stand_ins
 from ..methods import build_method
@@ -78,9 +79,7 @@ class SparseLever:
     @property
     def label(self) -> str:
         """What users see."""
-        amount = {name: getattr(self.method, name, None) for name in ("density", "tolerance", "topk", "decay")}
-        told = [f"{name} {value:.3g}" for name, value in amount.items() if isinstance(value, int | float)]
-        return " ".join([self.method.name, *told, *filter(None, [self.precision])])
+        return " ".join([in_words(self.method), *filter(None, [self.precision])])
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method, check_config
-from ...attention.methods.description import describe, described
+from ...attention.methods.description import describe, described, in_words
 from ...attention.plain_values import plain
 from ..guidance_cache.settings import GuidanceCache
 from ..locations import is_hub_id
@@ -220,7 +220,7 @@ class Preset:
             "quantize": self.quantize
             and f"{self.quantize.kind}, {'weights and activations' if self.quantize.activations else 'weights alone'}",
             "compile": self.compile and self.compile.in_words(),
-            "method": self.method and ", ".join([self.method.name, *filter(None, [self.precision])]),
+            "method": self.method and ", ".join([in_words(self.method), *filter(None, [self.precision])]),
             "cache": self.cache and f"{self.cache.name}, threshold {self.cache.limit:g}",
             "guidance_cache": self.guidance_cache and self.guidance_cache.in_words(),
             "decoder": self.decoder and Path(self.decoder).name,

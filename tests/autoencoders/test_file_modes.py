@@ -15,6 +15,7 @@ from vidaccel.autoencoders.checkpoint_file import write_stated
 from vidaccel.autoencoders.file_modes import as_new_files
 from vidaccel.lora.backbones.folders import write_model
 from vidaccel.lora.checkpoint import Checkpoint, CheckpointFolder, save_tensors
+from vidaccel.pipelines.drafts import beside
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="files have no such modes there")
 
@@ -38,8 +39,12 @@ def test_everything_that_is_written_is_as_any_new_file(tmp_path, wanted):
     write_stated(weights, {}, tmp_path / "b.safetensors", ".safetensors")
     CheckpointFolder(tmp_path / "run").save(Checkpoint("train", 1, 1, 0.0, weights=weights), "a: 1\n")
     write_model(_Model(), tmp_path / "model")
+    with beside(tmp_path / "converted") as draft:  # as every converter writes
+        (draft / "transformer").mkdir()
+        save_file(weights, draft / "transformer" / "converted.safetensors")
     found = modes(tmp_path)
-    assert {"a.safetensors", "b.safetensors", "weights.safetensors", "config.yaml", "model.safetensors"} <= set(found)
+    weights_of = {"a", "b", "weights", "model", "converted"}
+    assert {f"{name}.safetensors" for name in weights_of} | {"config.yaml"} <= set(found)
     assert set(found.values()) == {wanted}
 
 

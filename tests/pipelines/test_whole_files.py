@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vidaccel.pipelines.json_files import write_json
 from vidaccel.pipelines.whole_files import NotWritten, staged, write_bytes
 
 
@@ -46,6 +47,9 @@ def test_what_could_not_be_written_is_named_and_leaves_the_old(tmp_path, small_f
     assert str(caught.value).startswith(f"{file} could not be written: [Errno {errno.EFBIG}] ")
     assert str(caught.value).endswith(" MiB are free there.")
     assert [left.read_bytes() for left in tmp_path.iterdir()] == [b"old"]
+    with pytest.raises(NotWritten, match=f"^{file} could not be written"):
+        write_json(file, "x" * 5000)
+    assert file.read_bytes() == b"old"
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.path, str(again.reason)) == (file, str(caught.value.reason))
 
