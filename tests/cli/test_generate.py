@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from vidaccel.generation.video import check_encoder
 from vidaccel.generation.video_reader import read_video
 
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
@@ -262,7 +263,8 @@ def test_image_to_video(vidaccel, tiny_model, tmp_path):
     assert "is no picture" in result.stderr
 
 
-def test_a_failing_encoder_is_one_line(vidaccel, tiny_model, tmp_path, monkeypatch):
+def test_an_encoder_that_fails_after_the_steps_is_one_line(vidaccel, tiny_model, tmp_path, monkeypatch):
+    check_encoder()  # once a process: that of the command finds it well
     monkeypatch.setattr("vidaccel.generation.video.encoder", lambda: "false")
     options = ("--method", "dense", *SMALL, "--out", tmp_path / "out.mp4")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
