@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -67,13 +67,20 @@ def adapter_path(location: str | Path) -> Path:
         The file; the location itself where that is neither a folder that holds one nor one of a run.
 
     Raises:
-        NoAdapter: a run that has written none yet or whose result is something else, or a folder with several results.
+        NoAdapter: a run that has written none yet or whose result is something else, or a folder with several results;
+            what belongs to a model of `ae_adapt`, a file, too.
     """
     path = Path(location).expanduser()
-    if not path.is_dir() or (path / FILE).is_file():
-        return path / FILE if path.is_dir() else path
+    if not path.is_dir():
+        if path.name == FILE and _is_model(path.parent):
+            raise NoAdapter(f"{path} is a part of a model of ae_adapt: give {path.parent} as the model.")
+        return path
+    if _is_model(path):
+        raise NoAdapter(f"{path} is a model of ae_adapt: give it as the model.")
+    if (path / FILE).is_file():
+        return path / FILE
     others = [name for name in OTHER_RESULTS if (path / name).is_dir() and not (path / _INDEX).is_file()]
-    if (path / ADAPTER / FILE).is_file() and not (path / ADAPTER / _BASE_FACTS).is_file():
+    if _has_lora(path):
         if others:
             names = " and ".join(f"{name}/" for name in (ADAPTER, *others))
             raise NoAdapter(f"{path} holds the results of several recipes ({names}): give {path / ADAPTER}.")
@@ -82,8 +89,10 @@ def adapter_path(location: str | Path) -> Path:
     if others and (began or (path / ADAPTER).is_dir()):
         told = OTHER_RESULTS[others[0]].format(path / others[0])
         raise NoAdapter(f"{path} is the folder of a training whose result is {told}.")
-    if saved := _with_adapter(path):
-        return saved[-1] / ADAPTER / FILE
+    if saved := _newest(path, _has_lora):
+        return saved / ADAPTER / FILE
+    if _has_model(path) or _newest(path, _has_model):
+        raise NoAdapter(f"{path} is the folder of a training of ae_adapt, whose result is a model: give it as that.")
     if any(each.suffix in _WEIGHTS for each in path.iterdir()):
         return path  # of another tool, which may have a config.yaml, too
     if began:
@@ -98,7 +107,7 @@ def adapter_path(location: str | Path) -> Path:
 
 
 def model_path(location: str | Path) -> Path:
-    """The folder of a model, from it or from that of the run that made it.
+    """The folder of a model, from it, a checkpoint, or the folder of the run that made it.
 
     Of a run it is the result; of one of `ae_adapt` that is not finished, the adapter that its newest checkpoint has.
 
@@ -112,33 +121,48 @@ def model_path(location: str | Path) -> Path:
         NoAdapter: a run that makes no model, or has none yet.
     """
     path = Path(location).expanduser()
-    if not path.is_dir() or any((path / name).is_file() for name in (_INDEX, _BASE_FACTS)):
+    if not path.is_dir() or (path / _INDEX).is_file() or _is_model(path):
         return path
-    if not ((path / SETTINGS).is_file() or (path / CHECKPOINTS).is_dir() or (path / ADAPTER).is_dir()):
+    saved = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path if path.name == CHECKPOINTS else None
+    if not ((path / SETTINGS).is_file() or saved is not None or (path / ADAPTER).is_dir()):
         return path
     if (path / "pipeline" / _INDEX).is_file():
         return path / "pipeline"
-    adapters = (each / ADAPTER for each in in_order((path / CHECKPOINTS).glob(f"{CHECKPOINT}*")))
-    if saved := [folder for folder in adapters if (folder / _BASE_FACTS).is_file()]:
-        return saved[-1]
-    if (path / ADAPTER / FILE).is_file() and not (path / ADAPTER / _BASE_FACTS).is_file():
+    if made := path if _has_model(path) else _newest(path, _has_model):
+        return made / ADAPTER
+    if _has_lora(path):
         raise NoAdapter(
             f"{path} is the folder of a training whose result is an adapter, {path / ADAPTER}: give that beside the "
             "model that it was trained on."
         )
-    if (path / CHECKPOINTS).is_dir():
+    if saved is not None:
         raise NoAdapter(f"{path} is the folder of a training that has written no model (no pipeline/ in it).")
     return path
 
 
-def _with_adapter(run: Path) -> list[Path]:
-    """The checkpoints of a run, or of the folder that they are in, that have an adapter; in their order."""
+def _newest(run: Path, has: Callable[[Path], bool]) -> Path | None:
+    """Of the checkpoints of a run, or of the folder that they are in, the last one that has something."""
     folder = run if run.name == CHECKPOINTS else run / CHECKPOINTS
-    return in_order(each for each in folder.glob(f"{CHECKPOINT}*") if (each / ADAPTER / FILE).is_file())
+    return next(reversed(in_order(filter(has, folder.glob(f"{CHECKPOINT}*")))), None)
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder holds an adapter of `ae_adapt`: its LoRA is for the transformer that it changes, and no other."""
+    return (folder / _BASE_FACTS).is_file()
+
+
+def _has_lora(folder: Path) -> bool:
+    """Whether the result in the folder of a run, or of a checkpoint, is an adapter for a model that stays as it is."""
+    return (folder / ADAPTER / FILE).is_file() and not _is_model(folder / ADAPTER)
+
+
+def _has_model(folder: Path) -> bool:
+    """Whether it is one of `ae_adapt`."""
+    return _is_model(folder / ADAPTER)
 
 
 def _holds_adapter(folder: Path) -> bool:
-    return (folder / ADAPTER / FILE).is_file() or bool(_with_adapter(folder))
+    return _has_lora(folder) or _newest(folder, _has_lora) is not None
 
 
 def taken(location: str | Path, path: Path) -> str:
@@ -151,7 +175,7 @@ def taken(location: str | Path, path: Path) -> str:
     given = Path(location).expanduser()
     if path in (given, given / FILE):
         return ""
-    path = path / FILE if path.name == ADAPTER and not (path / _BASE_FACTS).is_file() else path
+    path = path / FILE if path.name == ADAPTER and not _is_model(path) else path
     return f"{given} is the folder of a training: its {path.relative_to(given).as_posix()} is used."
 
 

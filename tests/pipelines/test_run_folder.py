@@ -142,6 +142,26 @@ def test_the_model_of_a_run_is_its_result_or_the_adapted_one_of_its_newest_check
         model_path(other)
 
 
+def test_what_ae_adapt_made_is_taken_as_a_model_and_never_as_an_adapter(run, tmp_path):
+    """Its LoRA is for the transformer that it changes: in the model as it was, it makes another video."""
+    file = checkpoint(run, 5, 1)
+    (file.parent / "adapter.json").write_text("{}")
+    saved = file.parent.parent
+    for place in (run, saved.parent, saved):
+        assert model_path(place) == file.parent
+        assert refused(adapter_path, place, NoAdapter).endswith("of ae_adapt, whose result is a model: give it as that.")
+    assert f"give {file.parent} as the model" in refused(adapter_path, file, NoAdapter)
+    assert refused(lora_files, file.parent, BadInput).endswith("is a model of ae_adapt: give it as the model.")
+    assert facts_of(file) == {} and state_of(run) is None
+    assert taken(saved, file.parent).endswith("its adapter is used.")
+    file.unlink()  # of a phase that trains the embedder and the head alone
+    assert "of ae_adapt" in refused(adapter_path, run, NoAdapter) and model_path(run) == file.parent
+    write(tmp_path / "lora")
+    assert "give one of them (lora)" in refused(adapter_path, tmp_path, NoAdapter)
+    lora = checkpoint(run, 3, 0)  # of another recipe in the same folder
+    assert adapter_path(run) == lora and model_path(run) == file.parent
+
+
 def test_other_results_several_results_and_several_runs_are_told(run):
     (run / "pipeline").mkdir()
     told = refused(adapter_path, run, NoAdapter)
