@@ -147,7 +147,7 @@ def _newest(run: Path, has: Callable[[Path], bool]) -> Path | None:
 
 
 def _is_model(folder: Path) -> bool:
-    """Whether a folder holds an adapter of `ae_adapt`: its LoRA is for the transformer that it changes, and no other."""
+    """Whether a folder holds an adapter of `ae_adapt`, of which the LoRA is for the transformer that it changes."""
     return (folder / _BASE_FACTS).is_file()
 
 

@@ -151,11 +151,13 @@ class StepClock:
 
     def call_begins(self) -> None:
         """A call of the pipeline begins, whatever became of the one before: its runs belong together."""
-        self._in_call = self._new_call = True
+        if not self._is_of_another_thread():
+            self._in_call = self._new_call = True
 
     def call_ended(self) -> None:
         """It ended, or failed: a run that comes now is none of it."""
-        self._in_call, self._new_call = False, True
+        if not self._is_of_another_thread():
+            self._in_call, self._new_call = False, True
 
     def enter(self, module: torch.nn.Module, model: str) -> None:
         """A forward pass begins, before it is observed; raises RuntimeError where another thread is in its way.
@@ -172,6 +174,13 @@ class StepClock:
     def _run_goes_on(self) -> bool:
         return self._run is not None and not self._run.ended()
 
+    def _is_of_another_thread(self) -> bool:
+        """Whether the run belongs to a thread that goes on with it: what a call in this one says is not of that run.
+
+        The first pass of this call will be refused, which its progress bar takes for the end of a run.
+        """
+        return self.threads.is_elsewhere(self._run_goes_on())
+
     def passed(self) -> None:
         """A forward pass ended. After the last one of a run, what all of its models remember is forgotten."""
         if self._run is not None and self._run.ended():
@@ -179,7 +188,8 @@ class StepClock:
 
     def stopped(self) -> None:
         """No more passes come, whatever the run was to have: what all models remember is forgotten."""
-        self._forget(set(self._forgetful))
+        if not self._is_of_another_thread():
+            self._forget(set(self._forgetful))
 
     def walks(self, timesteps: object) -> None:
         """A loop over steps begins. What it goes over may be the table of the scheduler, or a part of it.
@@ -187,7 +197,8 @@ class StepClock:
         Args:
             timesteps: what the loop was given to go over, of whatever kind.
         """
-        self._walked = timesteps if isinstance(timesteps, torch.Tensor) else None
+        if not self._is_of_another_thread():
+            self._walked = timesteps if isinstance(timesteps, torch.Tensor) else None
 
     def _forget(self, models: set[str]) -> None:
         for model in models & self._forgetful.keys():

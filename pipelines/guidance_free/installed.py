@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from ..acceleration.copies import CopiedNotPickled
-from ..acceleration.one_thread import OneThread
+from ..acceleration.one_thread import others_call
 from ..errors import first_line
 from ..group_offloading import is_on_disk, is_streamed
 from ..guidance_branches import is_compiled_whole
@@ -61,7 +61,6 @@ class Installed(CopiedNotPickled):
         self._beside = ""
         """Why the LoRA is not merged."""
         self._told = False
-        self._threads = OneThread()
         self._of_others = 0
         if merge and (refusal := self._why_not_merged()):
             raise GuidanceFreeError(f"{adapter.path.name} cannot be merged: {refusal}. Leave merge out, or fix that.")
@@ -118,23 +117,23 @@ class Installed(CopiedNotPickled):
         told = self._scale()
         scale = None if told is None else max(1.0, told)
         if scale != self._at or (scale is None and self._embedding is not None):
-            if self._threads.is_taken(module, goes_on=False):
+            if others_call(module):
                 raise GuidanceFreeError(
                     f"{self.name} is called by two threads at once, at guidance scales (or by pipelines) for which its "
                     "weights are not the same: let one wait for the other (a threading.Lock around the call), or give "
                     "each a transformer of its own."
                 )
             self._change(scale)
-        self._threads.take()
         if scale is None:
             self._of_others += 1
 
     def _change(self, scale: float | None) -> None:
+        self._at = None  # of no scale until it is done: a pass in another thread takes them for its own otherwise
         if scale is None:
             with torch.no_grad():
                 for update in self._updates:
                     update.stand_aside()
-            self._at = self._embedding = None
+            self._embedding = None
             return
         highest = self.adapter.max_scale if self.adapter.gated else None
         gate = gate_of(scale, highest)

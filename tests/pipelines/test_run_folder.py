@@ -149,7 +149,8 @@ def test_what_ae_adapt_made_is_taken_as_a_model_and_never_as_an_adapter(run, tmp
     saved = file.parent.parent
     for place in (run, saved.parent, saved):
         assert model_path(place) == file.parent
-        assert refused(adapter_path, place, NoAdapter).endswith("of ae_adapt, whose result is a model: give it as that.")
+        told = refused(adapter_path, place, NoAdapter)
+        assert told.endswith("of ae_adapt, whose result is a model: give it as that.")
     assert f"give {file.parent} as the model" in refused(adapter_path, file, NoAdapter)
     assert refused(lora_files, file.parent, BadInput).endswith("is a model of ae_adapt: give it as the model.")
     assert facts_of(file) == {} and state_of(run) is None

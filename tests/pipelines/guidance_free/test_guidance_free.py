@@ -204,6 +204,34 @@ def test_another_thread_does_not_change_the_weights_of_a_pass(pipe, adapter):
     assert len(errors) == 3 and all("called by two threads at once" in text for text in errors)
 
 
+def test_a_pass_that_needs_no_change_does_not_hide_another(pipe, adapter):
+    """Two threads make passes of the base; the second one then wants the adapter, while the first is in its pass."""
+    first, second = (WanPipeline.from_pipe(pipe, scheduler=make_scheduler()) for _ in range(2))
+    for other in (first, second):
+        other.set_progress_bar_config(disable=True)
+    with vidaccel.guidance_free(pipe, adapter):
+        wanted = made(first)
+        right = made(second)
+        errors, mades = [], []
+
+        def call() -> None:
+            mades.append(made(second))
+            with pytest.raises(GuidanceFreeError) as raised:
+                made(pipe)
+            errors.append(str(raised.value))
+
+        def elsewhere(*_) -> None:
+            if not errors and threading.current_thread() is threading.main_thread():
+                thread = threading.Thread(target=call)
+                thread.start()
+                thread.join()
+
+        hook = pipe.transformer.blocks[0].register_forward_hook(elsewhere)
+        assert made(first).equal(wanted)
+        hook.remove()
+    assert len(errors) == 1 and "called by two threads at once" in errors[0] and mades[0].equal(right)
+
+
 def test_two_transformers(tmp_path):
     """An adapter for each, and the second has its own scale; both or none."""
     folder = saved(tmp_path / "two", transformer_2=make_transformer(1), boundary_ratio=0.9)
