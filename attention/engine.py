@@ -295,11 +295,15 @@ class SparseAttention:
         if shares is not None:
             counts = shares.sum(), q.shape[0] * heads.total(q.shape[1]) * whole
             details = {**details, "rank_pairs": shares}
-        error = self._measured(out, of_plan, q, k, v, rows, heads)
-        self._records.add(Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
         if self._formats != AS_INPUTS:
             scales, kept = chosen.scales_of(q, plan, self._formats), str(q.dtype).removeprefix("torch.")
-            self.note(f"precision {self.precision}: Q K^T of sparse calls in 8 bits, {scales}; dense calls keep {kept}")
+            told = f"precision {self.precision}: Q K^T of sparse calls in 8 bits, {scales}; dense calls keep {kept}"
+            if details.get("error_is_measured"):
+                details = {**details, "error_is_measured": False}  # that of the pairs alone is not the output's
+                told += "; what 8 bits add to the error is beside the tolerance, and measure_error tells it"
+            self.note(told)
+        error = self._measured(out, of_plan, q, k, v, rows, heads)
+        self._records.add(Pending(self.step, layer, "", chosen.name, counts, plan_span, span, details, *error))
         if self.backend == "auto":
             kind = "dense" if plan.is_dense else "scattered" if plan.is_scattered else "regular"
             place = q.device.type

@@ -66,7 +66,9 @@ class CallRecord:
 
     @property
     def own_error(self) -> float | None:
-        """`predicted_error` where the method measured it, as `Tangent` does with a tolerance; else None."""
+        """`predicted_error` where the method measured it, as `Tangent` does with a tolerance; else None, in 8 bits too,
+        whose own error it does not see.
+        """
         return self.predicted_error if self.details.get("error_is_measured") else None
 
 

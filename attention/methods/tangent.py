@@ -70,7 +70,7 @@ class Tangent(Method):
             is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning. Nor is the matrix.
         tolerance: instead: the error of the output, relative to the output, in (0, 1]; density then follows the
             content. At each call it is measured on up to 32 queries of each head, and pairs are taken until it is
-            this. What all queries have differs from that as a sample does.
+            this. What all queries have differs from that as a sample does; what `precision="int8"` adds is not in it.
         q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 3 times the query clusters
             as long as they have 128 queries each: 300 and 495 at 75,600 tokens, with which the stand-ins of 40 heads of
             128 channels are 3.2 GiB in half precision (`table_bytes`), and 66 and 165 at 8,448.

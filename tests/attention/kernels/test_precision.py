@@ -55,6 +55,18 @@ def test_the_meter_shows_what_int8_adds(device):
     assert errors[0] < 1e-4 < 1e-3 < errors[1] < 0.03
 
 
+def test_a_tolerance_does_not_claim_what_int8_adds(device):
+    """The method measures what its pairs leave, and only that."""
+    tight = Tangent(tolerance=0.001, q_clusters=3, k_clusters=6)
+    _, exact = accelerated(make_pipe(), tight, device, backend="triton")
+    _, report = accelerated(make_pipe(), tight, device, precision="int8")
+    assert exact.measured_by_method() and "the method itself measured" in exact.error_in_words()
+    assert report.median_error() > 0.001 and not report.measured_by_method()
+    assert "the method itself predicted" in report.error_in_words()
+    told = "; what 8 bits add to the error is beside the tolerance, and measure_error tells it"
+    assert [note for note in report.notes if note.endswith(told)] and not any(n.endswith(told) for n in exact.notes)
+
+
 def test_a_lora_for_longer_videos_takes_a_precision(device, tmp_path):
     from diffusers import WanPipeline
 
