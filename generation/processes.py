@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 GUIDANCE, SEQUENCE = "guidance", "sequence"
 SHARED = ("auto", GUIDANCE, SEQUENCE, "both")
 """What a request can ask to have shared."""
-BY_PARTS = ("first_block", "seacache", "cache_dit")
-"""Caches that decide by what they see within the transformer: of a shared sequence each process sees another part."""
 
 
 @dataclass(frozen=True)
@@ -176,16 +174,14 @@ def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, be
 def _unshared_sequence(facts: ModelFacts, beside: Preset | None) -> str:
     """Why processes cannot share a sequence; "" where they can."""
     from ..pipelines.acceleration.families import unshared_sequence
+    from ..pipelines.presets.levers import unshared_cache
 
     # The weights of an adapter alone do not say which class they are for.
     if why := unshared_sequence(facts.pipeline_class, str(facts.transformer.get("_class_name", ""))):
         return why
     cache = None if beside is None else beside.cache
-    if cache is not None and cache.name in BY_PARTS:
-        return (
-            f"the cache {cache.name} decides by what it sees within the transformer, of which each process has another "
-            "part, so one would skip what another waits for; forecast decides by the whole"
-        )
+    if cache is not None and (why := unshared_cache(cache.name)):
+        return why
     if beside is not None and beside.compile is not None:
         return "compiled blocks have not been run with a shared sequence"
     return ""

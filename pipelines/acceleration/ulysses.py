@@ -53,7 +53,7 @@ class Ulysses:
         Raises:
             RuntimeError: ring attention, or a model without a plan of diffusers'.
         """
-        config = getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
+        config = _shared_by(transformer)
         if config is None:
             return None
         if config.ring_degree > 1:
@@ -156,6 +156,15 @@ def share_sequence(transformer: Any, mesh: DeviceMesh, anything: bool) -> None:
     on_cpu = mesh.device_type == "cpu"
     with mock.patch("torch.accelerator.device_count", lambda: 1) if on_cpu else contextlib.nullcontext():
         transformer.enable_parallelism(config=config)
+
+
+def is_shared(transformer: Any) -> bool:
+    """Whether a process has a part of each sequence alone, by Ulysses or ring attention."""
+    return _shared_by(transformer) is not None
+
+
+def _shared_by(transformer: Any) -> Any | None:
+    return getattr(getattr(transformer, "_parallel_config", None), "context_parallel_config", None)
 
 
 def shares_sequences(cls: type | None) -> bool:

@@ -25,7 +25,7 @@ from ..cfg_parallel.passes import pass_is_of_another
 from ..forecast.hook import Forecast
 from ..hooked import HandleOf
 from ..undo import PRESET
-from .caches import CacheAtWork
+from .caches import CacheAtWork, check_whole
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Watch(CopiedNotPickled):
         family: of it.
         clock: of the pipeline, one for all its transformers.
         schedule: of sparse attention; None without a method.
-        cache: that is at work; None without one.
+        cache: that is at work, with its name; None without one.
         whole: a branch of guidance whose pass the cache may not skip where it did not skip that of the first one; ""
             for none.
     """
@@ -223,13 +223,14 @@ class Watch(CopiedNotPickled):
         family: Family,
         clock: StepClock,
         schedule: DenseSchedule | None,
-        cache: CacheAtWork | None,
+        cache: tuple[CacheAtWork, str] | None,
         whole: str = "",
     ) -> None:
         self.passes: list[PassRecord] = []
         self.handle = HandleOf(pipe, PRESET)
         self._pipe, self._name, self._family, self._clock = pipe, name, family, clock
-        self._schedule, self._cache, self._whole = schedule, cache, whole
+        self._cache, self._cache_name = (None, "") if cache is None else cache
+        self._schedule, self._whole = schedule, whole
         self._signature = inspect.signature(type(transformer).forward)
         self._run, self._step, self._kept = -1, StepInfo(), ""
         self._mixed = False  # whether two threads made passes at once
@@ -251,14 +252,16 @@ class Watch(CopiedNotPickled):
         given = self._signature.bind(module, *args, **kwargs).arguments
         step = self._clock.observe(torch.as_tensor(given[self._family.timestep]), self._name, self._family.branches)
         if step.run != self._run:
-            self._begin(step)
+            self._begin(step, module)
         self._kept = "" if self._schedule is None else self._schedule.step_reason(step)
         self._step = step
         if self._cache is not None:
             alike = step.branch == self._whole and not self._skipped
             self._cache.enter(step, bool(self._kept) or alike)
 
-    def _begin(self, step: StepInfo) -> None:
+    def _begin(self, step: StepInfo, module: torch.nn.Module) -> None:
+        if self._cache is not None:
+            check_whole(self._name, module, self._cache_name)  # parallelism may have come later
         self._run = step.run
         self.passes = kept_records(self.passes, step)
         if self._cache is not None:

@@ -123,8 +123,8 @@ class Applied:
         for name, (transformer, family) in checked.parts.items():
             cache = None
             if preset.cache is not None:
-                cache = install_cache(name, transformer, preset.cache, family, clock)
-                self._undo.append(cache)
+                cache = install_cache(name, transformer, preset.cache, family, clock), preset.cache.name
+                self._undo.append(cache[0])
                 self._only.append(OnlyCache(name, transformer, preset.cache.name))
             watch = Watch(pipe, name, transformer, family, clock, schedule, cache, whole)
             self._undo.append(watch)

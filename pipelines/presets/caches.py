@@ -30,6 +30,7 @@ from diffusers.hooks.taylorseer_cache import _TAYLORSEER_CACHE_HOOK
 from ...attention import StepInfo
 from ..acceleration.clock import StepClock
 from ..acceleration.families import Family
+from ..acceleration.ulysses import is_shared
 from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import hooks_of
 from ..errors import first_line
@@ -38,7 +39,7 @@ from ..forecast.hook import Forecast, reads_latents
 from .block_names import use_own_names
 from .dbcache import DBCache, check_dbcache
 from .errors import PresetError
-from .levers import CACHES, FORECAST, Cache, forecast_settings
+from .levers import CACHES, FORECAST, Cache, forecast_settings, unshared_cache
 from .loops import mend_loop
 from .only_cache import check_no_cache
 
@@ -263,6 +264,7 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
         cache: for it.
     """
     check_no_cache(part, transformer, "cache", cache.name)
+    check_whole(part, transformer, cache.name)
     if cache.name == FORECAST:
         if not reads_latents(transformer):
             problem = f"a {type(transformer).__name__} ({part}) does not say which of its inputs are the latents"
@@ -295,6 +297,17 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
     if cache.name == "seacache" and not _sea_reads(transformer):
         problem = f"diffusers' SeaCache reads Wan without channels beside its own, and Cosmos 3, not this {kind}"
         raise PresetError("cache", problem, "Take first_block.", cache.name)
+
+
+def check_whole(part: str, transformer: Any, cache: str) -> None:
+    """Raise PresetError for a cache that would see parts of sequences alone.
+
+    Args:
+        part, transformer: see `check_cache`. cache: its name.
+    """
+    if is_shared(transformer) and (why := unshared_cache(cache)):
+        problem = f"processes share the sequence of the {part}, and {why}"
+        raise PresetError("cache", problem, "Take forecast, or leave the cache or enable_parallelism out.", cache)
 
 
 def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache, instead: str) -> None:

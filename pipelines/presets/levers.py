@@ -44,6 +44,8 @@ class CacheKind:
         bounds: of the threshold.
         skips_more: what has it skip more, in words.
         around: its hook is on the model as a whole, not on blocks or layers of it.
+        by_parts: it decides by what it sees within the transformer, of which processes that share a sequence have a
+            part each.
     """
 
     summary: str
@@ -53,6 +55,7 @@ class CacheKind:
     bounds: CacheSetting = CacheSetting()
     skips_more: str = "raise the threshold"
     around: bool = False
+    by_parts: bool = False
 
 
 _COUNT = CacheSetting(whole=True)
@@ -71,7 +74,9 @@ CACHES: dict[str, CacheKind] = {
         skips_more="raise the threshold, or make more steps",
         around=True,
     ),
-    "first_block": CacheKind("the change of the first block's residual (diffusers' FirstBlockCache)", 0.05),
+    "first_block": CacheKind(
+        "the change of the first block's residual (diffusers' FirstBlockCache)", 0.05, by_parts=True
+    ),
     "magcache": CacheKind(
         "ratios of residuals that were measured for the model (diffusers' MagCache)",
         0.06,
@@ -94,6 +99,7 @@ CACHES: dict[str, CacheKind] = {
         },
         skips_more="raise the threshold, or lower retention_steps or cache_end_steps",
         around=True,
+        by_parts=True,
     ),
     "taylorseer": CacheKind(
         "nothing: one step in so many (the threshold) is computed, and what the model makes in between is extrapolated "
@@ -119,9 +125,20 @@ CACHES: dict[str, CacheKind] = {
         },
         package="cache_dit",
         skips_more="raise the threshold, or lower max_warmup_steps",
+        by_parts=True,
     ),
 }
 """The caches that a preset can have, by name."""
+
+
+def unshared_cache(cache: str) -> str:
+    """Why processes cannot share a sequence where a cache is at work; "" where they can."""
+    if not CACHES[cache].by_parts:
+        return ""
+    return (
+        f"the cache {cache} decides by what it sees within the transformer, of which each process has another part, so "
+        "one would skip what another waits for; forecast decides by the whole"
+    )
 
 
 @dataclass(frozen=True)
