@@ -37,7 +37,7 @@ class SplitPasses(ModelHook):
     def __init__(self, pair: Pair, model: str, guided: Callable[[], bool], started: Callable[[], object]) -> None:
         super().__init__()
         self._pair, self._model, self._guided, self._started = pair, model, guided, started
-        self._shapes: dict[tuple, Any] = {}  # of the tensors of a pass -> what comes of it, on the device "meta"
+        self._shapes: dict[tuple, Any] = {}  # of a pass, see `_shape` -> what comes of it, on the device "meta"
         self._first: Any = None  # what the first pass of the step gave, once it was called
         self._timestep: object = None  # of that pass
         self._run: object = None
@@ -133,8 +133,9 @@ def _same(timestep: Any, other: Any) -> bool:
 
 
 def _shape(args: tuple, kwargs: dict[str, Any]) -> tuple:
-    """What the shapes of a model's output follow from."""
-    found = []
+    """What the shapes and dtypes of a model's output follow from."""
+    device = tensors_in((args, kwargs))[0].device.type
+    found: list[Any] = [torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)]
     for x in tree_leaves((args, kwargs)):
         found.append((*x.shape, x.dtype) if isinstance(x, torch.Tensor) else isinstance(x, bool) and x)
     return tuple(found)

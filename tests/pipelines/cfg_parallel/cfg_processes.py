@@ -93,6 +93,7 @@ def beside_others() -> dict[Any, Any]:
     with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 0.5))):
         both("forecast, no guidance", pipe, steps=12, guidance_scale=1.0)
     both("bfloat16", make_pipe().to(torch.bfloat16))
+    made |= in_and_out_of_autocast()
     both("no guidance", make_pipe(), guidance_scale=1.0)
     both("two transformers", make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.9), steps=6)
     compiled = make_pipe()
@@ -108,6 +109,21 @@ def beside_others() -> dict[Any, Any]:
     made["restored", "hooks"] = list(hooks_of(pipe.transformer))
     made |= {("own loop", called): own_loop(called) for called in (True, False)}
     return made | of_from_pipe()
+
+
+def in_and_out_of_autocast() -> dict[Any, Any]:
+    """Passes of the same inputs that give another dtype, in either order."""
+    made: dict[Any, Any] = {}
+    for first in (True, False):
+        pipe = make_pipe()
+        runs: dict[str, list] = {"alone": [], "shared": []}
+        for key in runs:
+            with cfg_parallel(pipe) if key == "shared" else contextlib.nullcontext():
+                for enabled in (first, not first):
+                    with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                        runs[key].append(generate(pipe))
+        made |= {(f"autocast {'first' if first else 'last'}", key): torch.stack(each) for key, each in runs.items()}
+    return made
 
 
 def near_forecasts() -> dict[Any, Any]:

@@ -22,6 +22,8 @@ BESIDE = (
     "hook stayed",
     *STAYS,
     "bfloat16",
+    "autocast first",
+    "autocast last",
     "no guidance",
     "forecast, no guidance",
     "two transformers",
