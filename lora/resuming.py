@@ -10,6 +10,7 @@ from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from .config import flat
 from .recipes.base import Phase
 from .settings import RunSettings
+from .step_clips import phases_in
 
 
 def changed(then: RunSettings, now: RunSettings) -> list[str]:
@@ -38,21 +39,29 @@ def check_inputs(then: dict[str, str], now: dict[str, str]) -> None:
         )
 
 
-def check_steps(path: Path, checkpoint: Checkpoint, phases: Sequence[Phase], folder: CheckpointFolder) -> list[Phase]:
-    """Refuse a checkpoint that is further than the steps of now.
+def check_steps(
+    path: Path,
+    checkpoint: Checkpoint,
+    phases: Sequence[Phase],
+    folder: CheckpointFolder,
+    then: RunSettings,
+    now: RunSettings,
+) -> list[Phase]:
+    """Refuse a checkpoint that is further than the steps of now, and other steps of phases that are over.
 
     Args:
         path: where the checkpoint lies.
         checkpoint: to go on from.
         phases: of the run, all of them.
         folder: with the other checkpoints.
+        then, now: settings of the checkpoint, and those of the phases.
 
     Returns:
         The phases that are over.
 
     Raises:
         CheckpointError: its phase is none of the run, or has fewer steps than were done in it; or phases that are over
-            have.
+            had other steps, which would stand in the settings of a result without having been made.
     """
     names = [phase.name for phase in phases]
     if checkpoint.phase not in names:
@@ -61,7 +70,6 @@ def check_steps(path: Path, checkpoint: Checkpoint, phases: Sequence[Phase], fol
     over, steps = list(phases[:number]), phases[number].settings.steps
     if not steps:
         raise CheckpointError(f"{path} is in the phase {checkpoint.phase}, whose steps are 0 now: set 1 or more.")
-    before = checkpoint.total_steps - checkpoint.step
     if checkpoint.step > steps:
         earlier = folder.latest_of(checkpoint.phase, steps)
         instead = "" if earlier is None else f", or take --resume {shlex.quote(str(earlier))}"
@@ -69,9 +77,14 @@ def check_steps(path: Path, checkpoint: Checkpoint, phases: Sequence[Phase], fol
             f"{path} is after step {checkpoint.step} of the phase {checkpoint.phase}, whose steps are {steps} now: "
             f"give {checkpoint.step} or more{instead}."
         )
-    if before > (now := sum(phase.settings.steps for phase in over)):
+    different = [
+        f"{where}.steps: {was.steps} then, {here.steps} now"
+        for (where, was), (_, here) in zip(phases_in(then), phases_in(now), strict=True)
+        if was.steps != here.steps and any(here is phase.settings for phase in over)
+    ]
+    if different:
         raise CheckpointError(
-            f"{path} comes after {before} steps of {' and '.join(phase.name for phase in over)}, whose steps are {now} "
-            "now: a phase that is over has those that it had."
+            f"{path} is in the phase {checkpoint.phase}, and a phase that is over keeps its steps:\n  "
+            + "\n  ".join(different)
         )
     return over

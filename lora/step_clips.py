@@ -21,7 +21,7 @@ def step_clips_differences(
         done: phases of `new` that are over, whose clips are of no concern any more.
     """
     lines = []
-    for (path, then), (_, here) in zip(_phases(old), _phases(new), strict=True):
+    for (path, then), (_, here) in zip(phases_in(old), phases_in(new), strict=True):
         if not here.steps or any(here is phase for phase in done):
             continue
         for size_then, size_here in zip(_sizes(old, then), _sizes(new, here), strict=True):
@@ -64,13 +64,13 @@ def _sizes(config: RunSettings, phase: PhaseSettings) -> tuple[SizeSettings, ...
     return getattr(phase, "sizes", None) or config.data.sizes
 
 
-def _phases(settings: Any, path: str = "") -> Iterator[tuple[str, PhaseSettings]]:
+def phases_in(settings: Any, path: str = "") -> Iterator[tuple[str, PhaseSettings]]:
     """The phases among settings, at any depth, with where they stand."""
     if isinstance(settings, PhaseSettings):
         yield path, settings
     elif is_dataclass(settings):
         for field in fields(settings):
-            yield from _phases(getattr(settings, field.name), f"{path}.{field.name}".lstrip("."))
+            yield from phases_in(getattr(settings, field.name), f"{path}.{field.name}".lstrip("."))
     elif isinstance(settings, tuple):
         for number, entry in enumerate(settings):
-            yield from _phases(entry, f"{path}.{number}")
+            yield from phases_in(entry, f"{path}.{number}")

@@ -289,7 +289,7 @@ class Trainer:
             )
         self._changed = changed(then, self.config)
         checkpoint = self.checkpoints.load(path)
-        over = check_steps(path, checkpoint, phases, self.checkpoints)
+        over = check_steps(path, checkpoint, phases, self.checkpoints, then, self.config)
         different = step_clips_differences(
             then, self.config, len(checkpoint.random), self.process.count, [phase.settings for phase in over]
         )
