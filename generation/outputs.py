@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -38,8 +39,9 @@ def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[
             if file.exists() and any(source.samefile(file) for source in sources):
                 raise BadInput(field, f"{what} is the file that {mention(name)} reads", other, value=given)
         try:
-            # With a name as long as that of `whole_files.staged`.
-            with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", suffix=".part"):
+            # Where, and with a name as long as, `whole_files.staged` writes.
+            real = Path(os.path.realpath(file))
+            with tempfile.NamedTemporaryFile(dir=real.parent, prefix=f".{real.name}.", suffix=".part"):
                 pass
         except OSError as error:
             problem = f"{what} cannot be written (the system says: {error.strerror})"

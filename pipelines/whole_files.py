@@ -29,12 +29,19 @@ def staged(path: str | Path) -> Iterator[Path]:
     """A hidden temporary name beside `path`; what was written there takes the final name when the block succeeds.
 
     The temporary file is removed on any way out, so nobody ever sees half a file under the final name. It lies in the
-    same folder because a rename is atomic within one file system only.
+    same folder because a rename is atomic within one file system only. What the final name has stays as it was but for
+    the content: the file that a link leads to is replaced, and not the link, and a file keeps its mode. What is no
+    file, such as a pipe or /dev/null, has nothing to be kept whole: it is written to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
+        if path.is_file():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

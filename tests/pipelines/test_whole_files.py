@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import pickle
 import resource
+import stat
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,31 @@ def test_what_could_not_be_written_is_named_and_leaves_the_old(tmp_path, small_f
     assert file.read_bytes() == b"old"
     again = pickle.loads(pickle.dumps(caught.value))
     assert (again.path, str(again.reason)) == (file, str(caught.value.reason))
+
+
+def test_a_link_stays_and_a_file_keeps_its_mode(tmp_path):
+    (tmp_path / "kept").mkdir()
+    file, link = tmp_path / "kept" / "a.json", tmp_path / "a.json"
+    link.symlink_to(file)
+    write_bytes(b"first", link)  # which leads to nothing yet
+    file.chmod(0o640)
+    write_bytes(b"second", link)
+    assert link.is_symlink() and file.read_bytes() == b"second"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o640
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["a.json"]
+
+
+def test_what_is_no_file_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_bytes(b"whole", pipe)
+        assert os.read(reader, 9) == b"whole" and stat.S_ISFIFO(pipe.stat().st_mode)
+    finally:
+        os.close(reader)
+    write_bytes(b"gone", "/dev/null")
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
 
 def test_a_place_that_is_not_there(tmp_path):
