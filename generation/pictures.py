@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -29,6 +30,8 @@ _ROUNDING = 2
 """Levels of 256 by which a profile of sRGB, such as that of a camera, may be off it."""
 _ONE_PICTURE = ("MPO", "PSD", "ICO", "ICNS")
 """Formats whose further pictures are previews, layers or sizes of the first one, and not frames."""
+_FILTERS = threading.Lock()
+"""While filters of warnings are set, which are the process's: two threads at once would leave one of them behind."""
 
 
 class PictureError(OSError):
@@ -212,8 +215,8 @@ def _opened(path: str | Path) -> Iterator[Image.Image]:
     try:
         # Not by its path: PIL would map a file that is not compressed, and map one that is turned in the wrong shape.
         with open(path, "rb") as file:
-            with warnings.catch_warnings():
-                # PIL warns from half of its bound on, of an attack.
+            with _FILTERS, warnings.catch_warnings():
+                # PIL warns from half of its bound on, of an attack. It opens what it does not read yet.
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 opened = Image.open(file)
             with opened as image:

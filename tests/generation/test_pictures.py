@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import struct
+import sys
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -303,6 +306,20 @@ def test_a_large_picture_is_read_without_a_warning(tmp_path, monkeypatch):
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def test_threads_leave_no_filter_of_warnings_behind(tmp_path):
+    """They are the process's, and are set while a file is opened."""
+    file = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(file)
+    before, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert set(threads.map(lambda _: picture_size(file), range(1500))) == {(8, 8)}
+    finally:
+        sys.setswitchinterval(interval)
+    assert list(warnings.filters) == before
 
 
 def test_proportions_are_kept_by_cutting(quarters):
