@@ -115,6 +115,18 @@ def as_yaml(config: Settings) -> str:
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)
 
 
+def with_overrides(config: T, overrides: Iterable[str]) -> T:
+    """The settings with others of their values, as in `load`.
+
+    Raises:
+        ConfigError: they cannot have them.
+    """
+    content = _plain(dataclasses.asdict(config))  # type: ignore[call-overload]  # every settings class is one
+    for override in overrides:
+        _override(content, override)
+    return build(type(config), content)
+
+
 def differences(old: Settings, new: Settings) -> list[str]:
     """One line for each setting that differs and that a resumed run may not change."""
     # What is free in one of the two only, because of its other settings, counts.

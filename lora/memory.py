@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .config import Settings, flat
+from .config import ConfigError, Settings, flat, with_overrides
 from .settings import PhaseSettings
 
 _STATE = {
@@ -113,15 +114,49 @@ class OutOfMemory(RuntimeError):
     """A GPU had too little memory; the message says where, what takes less, and how to go on."""
 
 
-_FREE = {
-    "loop.gradient_checkpointing": (lambda v: v is False, "loop.gradient_checkpointing=true"),
-    "model.offload_blocks": (lambda v: v == 0, "model.offload_blocks (with loop.gradient_checkpointing)"),
-}
-_FIXED = {
-    "model.quantise": (lambda v: v == "none", "model.quantise=int8"),
-    "model.autoencoder_tiling": (lambda v: v is False, "model.autoencoder_tiling=true"),
-}
-"""What takes less memory, where a setting has a value that leaves room for it; `_FREE` may change at a resume."""
+@dataclass(frozen=True)
+class _Saving:
+    """What takes less memory.
+
+    Args:
+        name, now: the setting, and the value of it that leaves room.
+        instead: settings that take less.
+        words: for them; "" for `instead` itself.
+        free: they may change at a resume.
+        trains: it is memory of the gradients, of which a validation has none.
+    """
+
+    name: str
+    now: Any
+    instead: tuple[str, ...]
+    words: str = ""
+    free: bool = False
+    trains: bool = False
+
+
+_CHECKPOINTS = "loop.gradient_checkpointing=true"
+_SAVINGS = (
+    _Saving("loop.gradient_checkpointing", False, (_CHECKPOINTS,), free=True, trains=True),
+    _Saving(
+        "model.offload_blocks",
+        0,
+        ("model.offload_blocks=1", _CHECKPOINTS),
+        "model.offload_blocks (with loop.gradient_checkpointing)",
+        free=True,
+    ),
+    _Saving("model.quantise", "none", ("model.quantise=int8",)),
+    _Saving("model.autoencoder_tiling", False, ("model.autoencoder_tiling=true",)),
+)
+
+
+def _savings(config: Settings, validates: bool) -> Iterator[tuple[bool, str]]:
+    """Those that these settings leave room for and can have: whether a resume may change them, and words for them."""
+    values = flat(config)
+    for saving in _SAVINGS:
+        if values.get(saving.name) == saving.now and not (validates and saving.trains):
+            with contextlib.suppress(ConfigError):  # what the recipe refuses is no advice
+                with_overrides(config, saving.instead)
+                yield saving.free, saving.words or ", ".join(saving.instead)
 
 
 def out_of_memory(config: Settings, where: str, go_on: str, validates: bool) -> OutOfMemory:
@@ -131,18 +166,17 @@ def out_of_memory(config: Settings, where: str, go_on: str, validates: bool) -> 
         config: settings of the run.
         where: it was, as it reads after "the GPU ran out of memory".
         go_on: how the run is continued, a sentence without its end.
-        validates: whether it was in a validation, whose videos need not be made.
+        validates: whether it was in a validation, whose videos need not be made, and whose clips may be smaller.
     """
-    values = flat(config)
-
-    def named(table: Mapping[str, tuple[Callable[[Any], bool], str]]) -> list[str]:
-        return [words for name, (leaves_room, words) in table.items() if name in values and leaves_room(values[name])]
-
-    free, fixed = named(_FREE), named(_FIXED)
+    values, savings = flat(config), list(_savings(config, validates))
+    free, fixed = ([words for may, words in savings if may == wanted] for wanted in (True, False))
+    one_by_one = validates and any(name.startswith("validation.size") for name in values)
     if validates and values.get("validation.prompts"):
         free.insert(0, "validation.prompts=[]")
+    if one_by_one:
+        free.insert(0, "validation.size (smaller; a clip is measured at a time)")
     for name, value in values.items():
-        if name.endswith(".batch_size") and (value or 1) > 1:
+        if name.endswith(".batch_size") and (value or 1) > 1 and not one_by_one:
             if name.startswith("data."):  # the micro-steps are the phase's, of all sizes
                 fixed.append(f"a smaller {name}")
             else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -151,15 +151,27 @@ class Reconstruction(nn.Module):
         return judged, (functional.relu(1 - real).mean() + functional.relu(1 + false).mean()) / 2
 
 
-def quality(made: torch.Tensor, video: torch.Tensor) -> dict[str, float]:
-    """PSNR in dB and SSIM, means over the pictures of videos `[B, 3, T, H, W]` in [-1, 1]; SSIM of every fourth."""
+def quality(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device | None = None) -> dict[str, float]:
+    """PSNR in dB and SSIM, means over the pictures of all videos; SSIM of every fourth.
+
+    Args:
+        pairs: what was made and what it should be, each `[B, 3, T, H, W]` in [-1, 1]. They may be made on the way: one
+            pair is there at a time, and of it one picture is measured at a time, since SSIM takes ten times its memory.
+        device: on which pictures are measured; None for where the videos are.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    made, video = ((_pictures(x.float()).clamp(-1, 1) + 1) / 2 for x in (made, video))
-    mse = (made - video).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-    similar = ssim(made[::4], video[::4], data_range=1.0)
-    assert isinstance(similar, torch.Tensor)  # a pair of tensors only where it is asked for the contrast as well
-    return {"psnr": float((-10 * mse.log10()).mean()), "ssim": float(similar)}
+    psnr: list[torch.Tensor] = []
+    similar: list[torch.Tensor] = []
+    for pair in pairs:
+        for pictures in zip(*map(_pictures, pair), strict=True):
+            made, video = ((x[None].to(device).float().clamp(-1, 1) + 1) / 2 for x in pictures)
+            if len(psnr) % 4 == 0:
+                value = ssim(made, video, data_range=1.0)
+                assert isinstance(value, torch.Tensor)  # a pair only where it is asked for the contrast as well
+                similar.append(value)
+            psnr.append(-10 * (made - video).square().mean().clamp_min(1e-10).log10())
+    return {"psnr": float(torch.stack(psnr).mean()), "ssim": float(torch.stack(similar).mean())}
 
 
 def _pictures(video: torch.Tensor) -> torch.Tensor:

@@ -40,6 +40,8 @@ __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
 
 logger = logging.getLogger(__name__)
 
+_WRITES = "while the result was written"
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
@@ -89,6 +91,7 @@ class _Start:
 
     phase: str | None = None
     checkpoint: Checkpoint | None = None
+    settings: RunSettings | None = None
     trained: Tensors = field(default_factory=dict)
     total_steps: int = 0
 
@@ -143,7 +146,8 @@ class Trainer:
                     self.tracker.close()
                 raise Stopped(f"stopped {self._doing}; {self._how_to_go_on()}") from None
             except torch.cuda.OutOfMemoryError as error:
-                raise out_of_memory(self.config, self._doing, self._how_to_go_on(), validates=False) from error
+                measures = self._doing == _WRITES  # with the clips of a validation
+                raise out_of_memory(self.config, self._doing, self._how_to_go_on(), validates=measures) from error
             except (Stopped, Diverged):
                 if self.tracker is not None:
                     self.tracker.end()
@@ -165,6 +169,7 @@ class Trainer:
             start = self._start(resume, phases)
             if start.checkpoint is not None:
                 self.recipe.began_with = start.checkpoint.state.get("inputs", {})
+                self.recipe.continues = start.settings
             self.recipe.prepare()
             for phase in trained:
                 check_outline(phase)
@@ -183,7 +188,7 @@ class Trainer:
                 self.tracker.say(change)
         context = RunContext(self.config, self.accelerator, self.process, self.checkpoints, self.tracker, inputs)
         results = self._phases(context, phases, start)
-        self._doing = "while the result was written"
+        self._doing = _WRITES
         with self.process.stop.at_once():
             result = self._finished(results) if self.process.is_main else {}
             self.process.wait()
@@ -297,7 +302,7 @@ class Trainer:
             raise CheckpointError(
                 f"{path} was written with other clips a step, so it cannot be continued:\n  " + "\n  ".join(different)
             )
-        return _Start(checkpoint.phase, checkpoint, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
+        return _Start(checkpoint.phase, checkpoint, then, checkpoint.trained, checkpoint.total_steps - checkpoint.step)
 
     def _chosen(self, resume: str | None) -> str | None:
         """The folder of the checkpoint to go on from; None for a new run.

@@ -148,6 +148,8 @@ class Recipe(ABC):
     Config: ClassVar[type[RunSettings]]
     began_with: Mapping[str, str] | None = None
     """The `inputs` of the run that is continued, from before `prepare`; None for a new run."""
+    continues: RunSettings | None = None
+    """The settings of the checkpoint that it is continued from, of the class `Config`; None for a new run."""
 
     def __init__(self, config: RunSettings, process: Process) -> None:
         self.config, self.process = config, process

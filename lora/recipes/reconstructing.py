@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,9 @@ from ..pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, Wanted, quality
 from ..settings import PhaseSettings, RunSettings, SizeSettings, nothing_trained
 from .base import Batch, Clips, Phase, Recipe, check_taken
+
+HELD_AS = "the size with which validation.clips were held out"
+"""Among the `inputs` of a run: which files have such a clip depends on it, and `validation.size` may change."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,11 @@ class ValidationSettings(Settings):
 
     Args:
         clips: how many clips, of files that are then not trained on; None for a tenth of all, 4 at most and 1 at least.
-        size: of these clips; None for the last of `data.sizes`.
+        size: of these clips; None for the last of `data.sizes`. Files that a run has held out stay so with another one.
     """
 
     clips: int | None = setting(None, low=1)
-    size: SizeSettings | None = None
+    size: SizeSettings | None = field(default=None, metadata={"free": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +85,12 @@ class TrainReconstruction(Recipe):
     """Trains what `build` makes, in the phases of its settings, to give clips back."""
 
     config: ReconstructionSettings
+    continues: ReconstructionSettings | None = None
 
     def prepare(self) -> None:
         config = self.config
         self.dataset = open_dataset(config.data, config.seed, True, need_captions=False, process=self.process)
-        size = config.validation.size or config.data.sizes[-1]
-        self.held_out = hold_out(
-            self.dataset, (size,), config.validation.clips, self.seed_of_held_out, usual=4, least=1
-        )
+        self.held_out = self._held_out()
         if self.process.is_main:
             for sizes in dict.fromkeys(p.sizes or config.data.sizes for p in config.phases if p.steps):
                 say_what_the_data_are(self.dataset, sizes, self.held_out, self.process.progress.say)
@@ -98,6 +99,43 @@ class TrainReconstruction(Recipe):
             from ..reconstruction import perceptual_network
 
             perceptual_network()
+
+    def _held_out(self) -> HeldOut:
+        """The clips to measure with, of the files that the run began to hold out: they depend on the size.
+
+        Raises:
+            ConfigError: there are not enough clips; or a file of theirs gives none of the size of now.
+        """
+        config, size, began = self.config, _measured_size(self.config), self._size_of_held_out
+        held = hold_out(self.dataset, (began,), config.validation.clips, self.seed_of_held_out, usual=4, least=1)
+        then = None if self.continues is None else _text(_measured_size(self.continues))
+        if then not in (None, _text(size)):
+            self.process.progress.say(
+                f"validation.size is {_text(size)} from here on, and was {then}: what is measured compares with what "
+                "was measured before only roughly."
+            )
+        if _text(size) == _text(began):
+            return held
+        members = self.dataset.members((size,))
+        lost = [] if members is None else sorted({pick.index for pick in held.picks}.difference(members[0]))
+        if lost:
+            raise ConfigError(
+                f"validation.size is {_text(size)}, and {len(lost)} of the {len(held.picks)} clips that this run holds "
+                f"out have fewer frames: give {began.frames} frames or fewer."
+            )
+        shape = (size.frames, size.height, size.width)
+        return replace(held, picks=tuple(replace(pick, size=shape) for pick in held.picks))
+
+    @property
+    def _size_of_held_out(self) -> SizeSettings:
+        """The size with which this run began to hold clips out."""
+        if self.continues is None or self.began_with is None:
+            return _measured_size(self.config)
+        began = self.began_with.get(HELD_AS)
+        if began is None:  # from before the size could change
+            return _measured_size(self.continues)
+        frames, height, width = map(int, began.split("x"))
+        return SizeSettings(frames, height, width)
 
     def check_sizes(self, vae: Any, setting: str) -> None:
         """Before anything is trained, that an autoencoder takes clips of all sizes.
@@ -138,7 +176,8 @@ class TrainReconstruction(Recipe):
         long."""
         data = self.config.data
         identity = dataset_identity(self.dataset, data.sizes, False, self.process)
-        return {f"{data.source} ({data.kind})": identity, **self.held_out_input()}
+        held = {**self.held_out_input(), HELD_AS: _text(self._size_of_held_out)}
+        return {f"{data.source} ({data.kind})": identity, **held}
 
     def build(self) -> Any:
         """What is trained, as training starts, for `Reconstruction`."""
@@ -152,9 +191,10 @@ class TrainReconstruction(Recipe):
     def phases(self) -> list[Phase]:
         return [ReconstructionTraining(self, settings) for settings in self.config.phases]
 
-    def validation_clips(self) -> torch.Tensor:
-        """The clips that are measured, `[B, 3, T, H, W]`."""
-        return torch.stack([self.dataset.pixels(pick) for pick in self.held_out.picks])
+    def validation_clips(self) -> Iterator[torch.Tensor]:
+        """The clips that are measured, each `[1, 3, T, H, W]`, where the model is."""
+        for pick in self.held_out.picks:
+            yield self.dataset.pixels(pick)[None].to(self.process.device)
 
     def trained(self, weights: Mapping[str, torch.Tensor]) -> Any:
         """What `build` makes, with the weights that phases left; those of a discriminator are of no use any more.
@@ -172,8 +212,7 @@ class TrainReconstruction(Recipe):
     @torch.no_grad()
     def measured(self, model: Any) -> dict[str, float]:
         """`quality` of the clips that are held out."""
-        clips = self.validation_clips().to(self.process.device)
-        return quality(torch.cat([model(clip).sample for clip in clips.split(1)]), clips)
+        return quality((model(clip).sample, clip) for clip in self.validation_clips())
 
 
 class ReconstructionTraining(Phase):
@@ -214,15 +253,14 @@ class ReconstructionTraining(Phase):
 
         def pair(number: int) -> tuple[torch.Tensor, torch.Tensor]:
             clip = recipe.dataset.pixels(recipe.held_out.picks[number])[None]
-            return clip, model(clip.to(process.device), reconstruct=True).float().cpu()
+            return model(clip.to(process.device), reconstruct=True).float().cpu(), clip
 
         pairs = process.shared(len(recipe.held_out.picks), pair, "validation clips")
         if not process.is_main:
             return {}
         with written_to(folder):
-            write_picture(strips([clip[0] for each in pairs for clip in each]), folder / f"{step:08d}.png")
-        clips, made = (torch.cat(side).to(process.device) for side in zip(*pairs, strict=True))
-        return quality(made, clips)
+            write_picture(strips([x[0] for made, clip in pairs for x in (clip, made)]), folder / f"{step:08d}.png")
+        return quality(pairs, process.device)
 
 
 class Pixels:
@@ -235,3 +273,11 @@ class Pixels:
 
     def load(self, pick: Pick) -> Batch:
         return {"pixels": sturdy_pixels(self.dataset, pick, self.members, self.sizes)[0]}
+
+
+def _measured_size(config: ReconstructionSettings) -> SizeSettings:
+    return config.validation.size or config.data.sizes[-1]
+
+
+def _text(size: SizeSettings) -> str:
+    return f"{size.frames}x{size.height}x{size.width}"

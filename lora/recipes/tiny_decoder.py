@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -119,32 +120,44 @@ class TrainTinyDecoder(TrainReconstruction):
     def finish(self, trained: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         model = self.trained(trained)
         folder = Path(self.config.out) / "decoder"
-        measured = self.measured(model)
+        # A copy, since it is measured in its own precision; and first of all, since measuring may run out of memory.
         # Not through diffusers' own `to`, which warns of modules that this one does not have.
-        nn.Module.to(model.decoder, getattr(torch, self.config.decoder.file_dtype))
-        write_model(model.decoder, folder)
-        return {"decoder": str(folder), **measured}
+        written = nn.Module.to(copy.deepcopy(model.decoder), getattr(torch, self.config.decoder.file_dtype))
+        write_model(written, folder)
+        return {"decoder": str(folder), **self.measured(model)}
 
     @torch.no_grad()
     def measured(self, model: FrozenEncoder) -> dict[str, float]:
         """Figures of the tiny decoder and of the autoencoder's own, which it is not expected to reach, on the clips
-        that are held out; and the seconds that a clip takes."""
-        clips = self.validation_clips().to(self.process.device)
-        made: dict[str, list[torch.Tensor]] = {"": [], "autoencoder_": []}
-        spans: dict[str, list[Span]] = {"": [], "autoencoder_": []}
-        for clip in clips.split(1):
-            encoded = model.encode(clip)
-            for name in made:
+        that are held out; and the seconds that a clip takes. Without the autoencoder's own where they take more memory
+        than there is: a training with `target: frames` never decodes with it."""
+        encoded = [model.encode(clip) for clip in self.validation_clips()]
+        figures = self._figures(encoded, lambda latents: model.decode(latents.latent).sample)
+        try:
+            own = self._figures(encoded, lambda latents: decoded(self.vae, latents.own))
+        except torch.cuda.OutOfMemoryError:
+            self.process.progress.say(
+                "The autoencoder of model.base takes more memory than the GPU has to decode the clips that are "
+                "measured, so its own figures are left out; the tiny decoder is written."
+            )
+            return figures
+        return figures | {f"autoencoder_{name}": value for name, value in own.items()}
+
+    def _figures(
+        self, encoded: Sequence[SimpleNamespace], decode: Callable[[SimpleNamespace], torch.Tensor]
+    ) -> dict[str, float]:
+        """`quality` of what is made of the latents of the clips that are held out, and the seconds of the fastest."""
+        spans: list[Span] = []
+
+        def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            for latents, clip in zip(encoded, self.validation_clips(), strict=True):
                 with Span(clip.device) as span:
-                    made[name].append(
-                        model.decode(encoded.latent).sample if not name else decoded(self.vae, encoded.own)
-                    )
-                spans[name].append(span)
-        figures: dict[str, float] = {}
-        for name, parts in made.items():
-            figures |= {f"{name}{key}": value for key, value in quality(torch.cat(parts), clips).items()}
-            figures[f"{name}seconds"] = min(span.seconds() for span in spans[name])
-        return figures
+                    made = decode(latents)
+                spans.append(span)
+                yield made, clip
+
+        measured = quality(pairs())
+        return measured | {"seconds": min(span.seconds() for span in spans)}
 
 
 class FrozenEncoder(nn.Module):

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from vidaccel.autoencoders import AutoencoderDCV
+from vidaccel.autoencoders.live_bytes import LiveBytes
 from vidaccel.lora import run
 from vidaccel.lora.__main__ import main
 from vidaccel.lora.config import ConfigError
@@ -158,10 +159,23 @@ def test_the_discriminator_looks_at_patches():
 
 def test_quality():
     video = torch.rand(1, 3, 4, 32, 32) * 2 - 1
-    same = quality(video, video)
+    same = quality([(video, video)])
     assert same["psnr"] >= 99 and same["ssim"] == pytest.approx(1.0)
     grey = torch.zeros(1, 3, 4, 32, 32)
-    assert quality(grey + 0.2, grey)["psnr"] == pytest.approx(20.0, abs=1e-3)
+    assert quality([(grey + 0.2, grey)])["psnr"] == pytest.approx(20.0, abs=1e-3)
+
+
+def test_quality_takes_little_memory():
+    """SSIM takes ten times the memory of what it compares, which of all clips of a validation would not fit."""
+    a, b = (torch.rand(1, 3, 13, 32, 32) * 2 - 1 for _ in range(2))
+    pairs = [(a, b), (a[:, :, :6], b[:, :, 7:])]
+    with LiveBytes() as one:
+        quality([(a[:, :, :1], b[:, :, :1])])
+    with LiveBytes() as all_of_them:
+        measured = quality(pairs)
+    assert all_of_them.peak < 1.1 * one.peak
+    psnr = [-10 * ((a - b) / 2).square().mean(dim=(0, 1, 3, 4)).log10() for a, b in pairs]
+    assert measured["psnr"] == pytest.approx(float(torch.cat(psnr).mean()), abs=1e-4)
 
 
 def test_gradient_checkpointing_changes_nothing(tmp_path):

@@ -5,17 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import imageio.v2 as imageio
+import numpy as np
 import pytest
 import torch
 from lora_runs import write
 from safetensors.torch import load_file
 
+from vidaccel.autoencoders.tiny import TinyVideoDecoder
 from vidaccel.lora import run
 from vidaccel.lora.__main__ import main
 from vidaccel.lora.backbones.wan_own import WanModel
+from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.latents import Latents
+from vidaccel.lora.data.sampler import without
 from vidaccel.lora.memory import OutOfMemory
 from vidaccel.lora.recipes.flow_phase import FlowPhase
+from vidaccel.lora.reconstruction import Reconstruction
 from vidaccel.lora.stopping import Stopped, StopRequested
 
 
@@ -55,6 +61,99 @@ def test_in_a_validation_nothing_is_lost(tmp_path, text_base, monkeypatch):
     assert "gradient_checkpointing=true" not in str(told.value) and "batch_size" not in str(told.value)
     monkeypatch.setattr(WanModel, "sample", full)
     assert Path(run("lora", file, ["validation.prompts=[]"], "latest")["lora"]).is_file()
+
+
+SMALL = {"frames": 4, "height": 32, "width": 32}
+
+
+@pytest.fixture
+def clips_of_an_autoencoder(tmp_path, monkeypatch):
+    """Settings of an `autoencoder` that measures a clip of 12 frames, of the two videos that have so many, where no
+    more than 8 fit on the GPU; and what is held out by each phase that begins."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name, frames in (*((f"{n}.mp4", 8) for n in range(5)), *((f"long{n}.mp4", 16 + 8 * n) for n in range(2))):
+        with imageio.get_writer(folder / name, fps=8, macro_block_size=2) as writer:
+            for number in range(frames):
+                writer.append_data(np.full((64, 64, 3), 8 * number, np.uint8))
+    content = {
+        "recipe": "autoencoder",
+        "out": str(tmp_path / "run"),
+        "model": {"latent_channels": 4, "block_out_channels": [8] * 7, "layers_per_block": [0] + [1] * 6},
+        "data": {"kind": "videos", "folder": str(folder), "contact_sheet": 0, "sizes": [{**SMALL, "frames": 8}]},
+        "phases": [{"name": name, "steps": 1, "batch_size": 2} for name in "ab"],
+        "validation": {"clips": 1, "size": {**SMALL, "frames": 12}},
+        "statistics_clips": 2,
+        "loop": {"tracker": "none", "device": "cpu"},
+    }
+    file = tmp_path / "a.yaml"
+    file.write_text(json.dumps(content))
+    forward, held = Reconstruction.forward, []
+
+    def small_ones(self, video, adversarial=True, reconstruct=False):
+        return full() if reconstruct and video.shape[2] > 8 else forward(self, video, adversarial, reconstruct)
+
+    def seen(members, clips):
+        held.append(sorted(clips))
+        return without(members, clips)
+
+    monkeypatch.setattr(Reconstruction, "forward", small_ones)
+    monkeypatch.setattr("vidaccel.lora.recipes.reconstructing.without", seen)
+    return file, held
+
+
+def test_a_resume_may_measure_smaller_clips(clips_of_an_autoencoder, capsys):
+    """Of the files that are held out since the run began, also at the resume that follows."""
+    file, held = clips_of_an_autoencoder
+    words = "in the validation after step 1 of phase a. A resume may change validation.size"
+    with pytest.raises(OutOfMemory, match=words) as told:
+        run("autoencoder", file)
+    assert "gradient_checkpointing" not in str(told.value) and "batch_size" not in str(told.value)
+    with pytest.raises(ConfigError, match="is 20x32x32, and 1 of the 1 clips .* give 12 frames or fewer"):
+        run("autoencoder", file, [f"validation.size={json.dumps({**SMALL, 'frames': 20})}"], "latest")
+    for _ in range(2):
+        result = run("autoencoder", file, [f"validation.size={json.dumps(SMALL)}"], "latest")
+        assert result["psnr"] > 0
+    assert capsys.readouterr().out.count("validation.size is 4x32x32 from here on, and was 12x32x32") == 1
+    assert len({tuple(clips) for clips in held}) == 1 and len(held) == 6
+
+
+def test_what_the_recipe_refuses_is_no_advice(tmp_path, monkeypatch):
+    """A run of `tiny_decoder`, which has no gradient checkpointing."""
+    monkeypatch.setattr(Reconstruction, "forward", full)
+    with pytest.raises(OutOfMemory, match="A resume may change phases.0.batch_size") as told:
+        run("tiny_decoder", tiny_decoder(tmp_path))
+    assert "gradient_checkpointing" not in str(told.value)
+
+
+def test_a_tiny_decoder_is_written_before_it_is_measured(tmp_path, monkeypatch, capsys):
+    """The autoencoder that it is compared with may need more memory than all of its training."""
+    monkeypatch.setattr("vidaccel.lora.recipes.tiny_decoder.decoded", full)
+    result = run("tiny_decoder", tiny_decoder(tmp_path))
+    assert "seconds" in result and not any(name.startswith("autoencoder_") for name in result)
+    assert "its own figures are left out" in capsys.readouterr().out
+    assert TinyVideoDecoder.from_pretrained(result["decoder"]).dtype == torch.float32
+
+
+def tiny_decoder(folder: Path) -> Path:
+    """Settings of a run of `tiny_decoder`."""
+    content = {
+        "recipe": "tiny_decoder",
+        "out": str(folder / "run"),
+        "model": {"base": "demo-dc"},
+        "decoder": {
+            "block_out_channels": [8] * 6,
+            "layers_per_block": 1,
+            "time_growth": [1, 1, 1, 2, 2],
+        },
+        "data": {"kind": "demo", "clips": 6, "contact_sheet": 0, "sizes": [{"frames": 8, "height": 32, "width": 32}]},
+        "phases": [{"name": "train", "steps": 1, "batch_size": 2}],
+        "validation": {"clips": 1},
+        "loop": {"tracker": "none", "device": "cpu"},
+    }
+    file = folder / "a.yaml"
+    file.write_text(json.dumps(content))
+    return file
 
 
 def test_while_clips_are_encoded(tmp_path, text_base, monkeypatch):
