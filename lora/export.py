@@ -30,6 +30,7 @@ def export_adapter(run: Path, target: Path) -> Path:
     from safetensors.torch import load_file
 
     from ..autoencoders import AutoencoderDCV
+    from ..autoencoders.checkpoint_file import variant_in
     from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE
     from .backbones.folders import write_model
     from .checkpoint import replaced, save_tensors
@@ -44,7 +45,8 @@ def export_adapter(run: Path, target: Path) -> Path:
     if not (place / "config.json").is_file():
         raise FileNotFoundError(f"{place} holds no autoencoder (config.json): put the whole of the run together again.")
     of_images = json.loads((place / "config.json").read_text(encoding="utf-8")).get("_class_name") == "AutoencoderDC"
-    vae = (AutoencoderDC if of_images else AutoencoderDCV).from_pretrained(place, dtype=torch.float16)
+    cls = AutoencoderDC if of_images else AutoencoderDCV
+    vae = cls.from_pretrained(place, dtype=torch.float16, variant=variant_in(place))
     with replaced(target) as draft:
         for name in (FULL_FILE, LORA_FILE):
             if (source / name).is_file():

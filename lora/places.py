@@ -11,7 +11,8 @@ from ..pipelines.locations import is_hub_id, is_single_file
 from .backbones.folders import located
 from .config import ConfigError
 
-_MODELS = ("model.base", "model.components", "model.autoencoder", "sla.start", "model.start")
+_AUTOENCODERS = ("model.autoencoder", "model.start")
+_MODELS = ("model.base", "model.components", "sla.start", *_AUTOENCODERS)
 """Settings that name a model: a folder, a hub id or a built-in one."""
 _FILES = ("lora.start", "decoder.start", "consistency.teacher")
 """Settings that name a file, or the folder that it is in."""
@@ -35,7 +36,10 @@ def _models(content: Mapping[str, Any]) -> Iterator[str]:
                     yield f"{setting}: there is no file {named}: correct the path."
                 continue
             try:
-                located(named, setting, *demo.MODELS)
+                if setting in _AUTOENCODERS:
+                    located(named, setting, demo.DC, part="vae")
+                else:
+                    located(named, setting, *demo.MODELS)
             except ConfigError as error:
                 yield str(error)
 

@@ -69,6 +69,7 @@ def load(location: str | Path) -> AutoencoderDCV:
     """
     require_packages("Load DC-AE-V needs")
     from ..autoencoders import AutoencoderDCV
+    from ..autoencoders.checkpoint_file import variant_in
     from ..autoencoders.convert import CheckpointError, load_published
 
     path = demo.path(demo.DC) / "vae" if location == BUILT_IN else Path(location).expanduser()
@@ -76,7 +77,7 @@ def load(location: str | Path) -> AutoencoderDCV:
         # ComfyUI runs nodes in inference mode, whose tensors could not be moved in place later.
         with torch.inference_mode(False):
             if path.is_dir():
-                return AutoencoderDCV.from_pretrained(path, dtype=torch.float32)
+                return AutoencoderDCV.from_pretrained(path, dtype=torch.float32, variant=variant_in(path))
             return load_published(path)
     except (CheckpointError, OSError, ValueError) as error:
         raise BadInput("autoencoder", f"cannot be used: {' '.join(str(error).split()).rstrip('.')}") from error

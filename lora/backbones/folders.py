@@ -181,6 +181,7 @@ def write_pipeline(
         as_new_files(draft)
         for name in there:
             shutil.copytree(source / name, draft / name, dirs_exist_ok=True)
+            _without_variant(draft / name)
         if autoencoder is not None:
             _copy_model(autoencoder, draft / "vae")
         file = draft / "model_index.json"
@@ -210,6 +211,21 @@ def _copy_model(location: str, target: Path) -> None:
     target.mkdir()
     for file in sorted(file for name in names for file in source.glob(name)):
         shutil.copy(file, target / file.name)
+    _without_variant(target)
+
+
+def _without_variant(folder: Path) -> None:
+    """Give weights of which there is a variant alone their usual names: of a pipeline whose other parts have no such
+    variant, diffusers would look for those."""
+    variant = variant_in(folder)
+    if variant is None:
+        return
+    for file in sorted(folder.glob("diffusion_pytorch_model*")):
+        if file.suffix == ".json":
+            content = json.loads(file.read_text(encoding="utf-8"))
+            places = {key: name.replace(f".{variant}", "", 1) for key, name in content["weight_map"].items()}
+            file.write_text(json.dumps({**content, "weight_map": places}, indent=2) + "\n", encoding="utf-8")
+        file.rename(folder / file.name.replace(f".{variant}", "", 1))
 
 
 def forget_paths(folder: Path) -> None:

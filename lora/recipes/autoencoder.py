@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ... import demo
 from ...autoencoders import AutoencoderDCV
-from ..backbones.folders import load_autoencoder, write_model
+from ..backbones.folders import load_autoencoder, located, read_config, write_model
 from ..config import ConfigError, Settings, setting
 from ..data.cache import fingerprint
 from ..data.sampler import ClipSampler
@@ -32,7 +33,8 @@ class ModelSettings(Settings):
     """The autoencoder.
 
     Args:
-        start: folder of a trained one to go on from; None for a new one of the fields below.
+        start: folder or hub id of a trained one to go on from, or "demo-dc" for the built-in one; None for a new one of
+            the fields below.
         latent_channels, block_out_channels, layers_per_block, chunk_size: of `AutoencoderDCV`.
         norm_gain: weight with which the norms of the residual blocks start; below 1 they start nearer to nothing.
     """
@@ -103,7 +105,11 @@ class TrainAutoencoder(TrainReconstruction):
         """The autoencoder as training starts."""
         settings = self.config.model
         if settings.start is not None:
-            return load_autoencoder(AutoencoderDCV, settings.start, "model.start")
+            place = located(settings.start, "model.start", demo.DC, part="vae")
+            found = read_config(AutoencoderDCV, place).get("_class_name")
+            if found != AutoencoderDCV.__name__:
+                raise ConfigError(f"model.start: {settings.start} is a {found}; give an {AutoencoderDCV.__name__}.")
+            return load_autoencoder(AutoencoderDCV, place, "model.start")
         try:
             autoencoder = AutoencoderDCV(
                 latent_channels=settings.latent_channels,

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from vidaccel import demo
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.autoencoders.live_bytes import LiveBytes
 from vidaccel.lora import run
@@ -211,6 +212,24 @@ def test_settings_that_do_not_fit(tmp_path, sections, words):
     with pytest.raises(ConfigError, match=words):
         run("autoencoder", write(tmp_path, **sections))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_built_in_one_is_a_start(tmp_path):
+    sections = {"phases": [{"name": "train", "steps": 1, "batch_size": 1}], "model": {"start": "demo-dc"}}
+    result = run("autoencoder", write(tmp_path, **sections))
+    assert AutoencoderDCV.from_pretrained(result["autoencoder"]).config.latent_channels == 32
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        ("nowhere", "model.start: nowhere is no folder here, no hub id .* the built-in \"demo-dc\""),
+        (str(demo.path() / "vae"), "vae is a AutoencoderKLWan; give an AutoencoderDCV"),
+    ],
+)
+def test_a_start_that_is_none(tmp_path, start, words):
+    with pytest.raises(ConfigError, match=words):
+        run("autoencoder", write(tmp_path, model={"start": start}))
 
 
 @pytest.mark.parametrize(

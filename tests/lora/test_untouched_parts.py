@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKLWan, DiffusionPipeline
 from lora_runs import recipe, write
 
+from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.lora.backbones.base import ModelOptions
 from vidaccel.lora.backbones.folders import write_pipeline
 from vidaccel.lora.backbones.wan import WanBackbone
@@ -58,6 +59,18 @@ def test_a_pipeline_moved_to_another_autoencoder(tmp_path, text_base, autoencode
         assert files_of(tmp_path / "pipeline", part) == files_of(text_base, part)
     pipe = DCVideoGenPipeline.from_pretrained(tmp_path / "pipeline")
     assert pipe.text_encoder.dtype == torch.float32 and pipe.tokenizer is not None
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "5KB"}])
+def test_an_autoencoder_of_which_there_is_a_variant_alone(tmp_path, text_base, autoencoder_folder, shards):
+    """No other part of the pipeline has that variant, so that diffusers looked for weights that were not there."""
+    half = AutoencoderDCV.from_pretrained(autoencoder_folder).half()
+    half.save_pretrained(tmp_path / "fp16", variant="fp16", **shards)
+    backbone = WanBackbone(str(text_base), str(tmp_path / "fp16"))
+    backbone.save(backbone.student(), tmp_path / "pipeline")
+    vae = DCVideoGenPipeline.from_pretrained(tmp_path / "pipeline").vae.state_dict()
+    assert all(torch.equal(value.float(), vae[name].float()) for name, value in half.state_dict().items())
+    assert len(list((tmp_path / "pipeline" / "vae").iterdir())) == len(list((tmp_path / "fp16").iterdir()))
 
 
 def test_a_base_of_the_hub_is_fetched_for_it(tmp_path, text_base, monkeypatch):

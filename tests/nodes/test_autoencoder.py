@@ -18,3 +18,8 @@ def test_a_picture_of_which_nothing_is_left_is_refused():
         for height, width in ((0, 0), (0, factor), (factor, 0)):
             with pytest.raises(InputError, match=rf"^pixels are narrower than {factor} .* at least {factor}x{factor}"):
                 module.encode(torch.zeros(1, 3, 1, height, width))
+
+
+def test_a_folder_of_which_there_is_a_variant_alone(tmp_path):
+    load(BUILT_IN).half().save_pretrained(tmp_path, variant="fp16")
+    assert load(tmp_path).dtype == torch.float32
