@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -183,5 +184,16 @@ def chosen_adapter(location: str | Path) -> Path:
     """`adapter_path`, which is logged where the location does not name it."""
     path = adapter_path(location)
     if told := taken(location, path):
+        logger.info("%s", told)
+    return path
+
+
+def chosen_model(location: str | os.PathLike) -> str | os.PathLike:
+    """`model_path`, which is logged where the location does not name it; what is no folder here, such as a hub id, is
+    what it was."""
+    path = model_path(os.fspath(location))
+    if not path.is_dir():
+        return location
+    if told := taken(os.fspath(location), path):
         logger.info("%s", told)
     return path

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...generation.rows import find_row
-from ...pipelines.deep_compression.adapter_folder import is_adapter
+from ...pipelines.deep_compression.adapter_folder import AdapterError, is_adapter, is_of_pictures, read_facts
 from ..config import ConfigError
 from ..named_class import Row, named_class
 from .base import Backbone, ModelOptions, OwnModel
@@ -81,7 +81,13 @@ def _with_rate(model: Any) -> Any:
 
 
 def _class_name(base: str) -> str:
-    return "DCVideoGenPipeline" if is_adapter(Path(base)) else _stated_class(base)
+    if not is_adapter(Path(base)):
+        return _stated_class(base)
+    try:
+        facts = read_facts(Path(base))
+    except AdapterError as error:
+        raise ConfigError(f"model.base: {error}") from error
+    return "DCGenPipeline" if is_of_pictures(facts["transformer"]) else "DCVideoGenPipeline"
 
 
 def _class_of(base: str, families: Mapping[str, Row], recipe: str) -> Any:

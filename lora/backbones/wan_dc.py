@@ -11,8 +11,8 @@ from torch import nn
 
 from ...attention.layout import VideoLayout
 from ...autoencoders import AutoencoderDCV
-from ...pipelines.deep_compression.adapted import adapted_transformer, own_autoencoder
-from ...pipelines.deep_compression.adapter_folder import AdapterError, base_location, is_adapter, read_facts
+from ...pipelines.deep_compression.adapted import adapted_transformer, own_autoencoder, own_base
+from ...pipelines.deep_compression.adapter_folder import AdapterError, is_adapter, read_facts
 from ..config import ConfigError
 from .base import ModelOptions
 from .folders import load_autoencoder, read_config, write_pipeline
@@ -35,7 +35,7 @@ class DCWanModel(OwnWan):
         self.adapter = is_adapter(Path(base))
         facts = self._adapter_facts() if self.adapter else {}
         self.index = {} if self.adapter else WanPipeline.load_config(base)
-        self.shared = base_location(facts["base"]) if self.adapter else base
+        self.shared = facts["base"] if self.adapter else base
         """Where the text encoder, the scheduler and the image encoder are."""
         self.part, self.levels = stage_of(base, self.index, options.stage)
         named = {"_class_name": WanTransformer3DModel.__name__, **facts.get("transformer", {})}
@@ -66,10 +66,11 @@ class DCWanModel(OwnWan):
             self.autoencoder.enable_tiling()
 
     def _adapter_facts(self) -> dict[str, Any]:
-        """What adapter-only weights belong to, and under "vae" where their autoencoder is."""
+        """What adapter-only weights belong to: under "base" where that is, and under "vae" where their autoencoder is."""
         try:
             facts = read_facts(Path(self.base))
-            return {**facts, "vae": own_autoencoder(Path(self.base), facts["autoencoder"])}
+            vae = own_autoencoder(Path(self.base), facts["autoencoder"])
+            return {**facts, "base": own_base(Path(self.base), facts["base"]), "vae": vae}
         except AdapterError as error:
             raise ConfigError(f"model.base: {error}") from error
 

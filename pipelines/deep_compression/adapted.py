@@ -13,9 +13,18 @@ from torch import nn
 
 from ...autoencoders.checkpoint_file import variant_in
 from ..errors import first_line
-from ..locations import named_autoencoder
+from ..locations import is_hub_id, named_autoencoder
 from ..weight_files import stated_config, transformer_files
-from .adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX, AdapterError, base_location, read_facts
+from .adapter_folder import (
+    FACTS_FILE,
+    FULL_FILE,
+    LORA_FILE,
+    LORA_PREFIX,
+    AdapterError,
+    base_location,
+    is_of_pictures,
+    read_facts,
+)
 from .published_files import find_autoencoder, hub_options, load_autoencoder
 
 _LORA = "adapter"
@@ -264,6 +273,22 @@ def _downloaded(repository: str, hub: Mapping[str, Any]) -> str:
     )
 
 
+def own_base(folder: Path, stated: str, given: str | Path | None = None) -> str:
+    """Folder or hub id of the base that an adapter was made for, or of another one that is given.
+
+    Raises:
+        AdapterError: there is none; the hub would be asked for it, and its answer names neither.
+    """
+    location = base_location(str(stated if given is None else given))
+    if Path(location).is_dir() or is_hub_id(location):
+        return location
+    if given is not None:
+        raise AdapterError(f"base is {location}, which is no folder here and no hub id of the form owner/name.")
+    raise AdapterError(
+        f"{folder} was made for the base in {stated}, which is not there: give its folder with base=, or put it back."
+    )
+
+
 def own_autoencoder(folder: Path, stated: str) -> str:
     """Folder or hub id of the autoencoder that an adapter was made for."""
     own = folder / "vae"
@@ -277,13 +302,23 @@ def own_autoencoder(folder: Path, stated: str) -> str:
 
 def _check_class(pipeline_class: Any, folder: Path, config: Mapping[str, Any]) -> None:
     """AdapterError where a class of videos is asked for an adapter for pictures, or for the other kind of videos."""
-    if isinstance(config.get("patch_size"), int):  # that of videos has three sides
+    if is_of_pictures(config):
         raise AdapterError(f"{folder} is an adapter for text to image: load it with DCGenPipeline.")
     given, made = config.get("in_channels"), config.get("out_channels")
     image = pipeline_class._sees_image
     if isinstance(made, int) and given == (made if image else 2 * made + 4):
         kinds = ("text", "DCVideoGenPipeline") if image else ("image", "DCVideoGenImageToVideoPipeline")
         raise AdapterError(f"{folder} is an adapter for {kinds[0]} to video: load it with {kinds[1]}.")
+
+
+def _check_channels(folder: Path, made: int, vae: Any) -> None:
+    """AdapterError where an autoencoder has other latents than the transformer makes, before the base is read."""
+    channels = None if vae is None else vae.config.get("latent_channels")
+    if channels is not None and channels != made:
+        raise AdapterError(
+            f"{folder} was made for an autoencoder of {made} latent channels, and the one that is given has {channels}: "
+            "give the one that it was made for, or leave autoencoder= and vae= out."
+        )
 
 
 def load_adapted(
@@ -329,7 +364,7 @@ def load_adapted(
     facts = read_facts(folder)
     if kind is WAN:
         _check_class(pipeline_class, folder, facts["transformer"])
-    location = base_location(str(base if base is not None else facts["base"]))
+    location = own_base(folder, facts["base"], base)
     dtype = options.get("dtype", options.get("torch_dtype"))
     of = (lambda name: dtype.get(name, dtype.get("default"))) if isinstance(dtype, dict) else (lambda name: dtype)
     if "vae" in options:
@@ -337,6 +372,7 @@ def load_adapted(
     else:
         place = autoencoder or own_autoencoder(folder, facts["autoencoder"])
         vae = kind.autoencoder(place, of("vae"), options, autoencoder_config)
+    _check_channels(folder, _checked_facts(folder)["transformer"]["out_channels"], vae)
     hub = hub_options(options, "revision", "variant", "use_safetensors")
     transformer = adapted_transformer(folder, location, of("transformer"), kind, **hub)
     if base is None:  # else it does not follow from the folder what the weights are

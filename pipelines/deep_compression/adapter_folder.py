@@ -51,6 +51,12 @@ def read_facts(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def is_of_pictures(transformer: Any) -> bool:
+    """Whether an adapter is for text to image, from the config of its transformer: that of videos has patches of three
+    sides."""
+    return isinstance(transformer, dict) and isinstance(transformer.get("patch_size"), int)
+
+
 def base_location(base: str) -> str:
     """Folder or hub id of a base model; "demo" is the built-in Wan model."""
     return str(demo.path()) if base == demo.WAN else base

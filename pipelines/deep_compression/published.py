@@ -18,6 +18,7 @@ from ...autoencoders.convert import CheckpointError
 from ..conversions import conversion_place, discard, is_whole, stamps
 from ..drafts import beside, take
 from ..json_files import write_json
+from ..run_folder import NoAdapter, chosen_model
 from .adapted import load_adapted
 from .adapter_folder import is_adapter
 from .dtypes import resolve_dtypes
@@ -51,18 +52,23 @@ class PublishedLayoutMixin(_Pipeline):
                 such as `{"chunk_size": 40, "scaling_factor": 0.7}`.
 
         Components that are given, such as `vae=`, need not be in the model. A dtype may be a name, such as "bfloat16".
-        A folder with adapter-only weights is loaded onto its base model (see `pipelines.adapted`).
+        A folder with adapter-only weights is loaded onto its base model (see `pipelines.adapted`); of the folder of a
+        training it is the result, or what its newest checkpoint has, and the log says which.
         A published layout is converted once into a cache (`VIDACCEL_CACHE`, else `~/.cache/vidaccel`), in which large
         files that need no conversion are links.
 
         Raises:
-            LayoutError: neither a diffusers pipeline nor a published layout.
+            LayoutError: neither a diffusers pipeline nor a published layout; or a training that has made no model.
             CheckpointError: an autoencoder of another variant, or a damaged one.
             ValueError: a dtype whose name is unknown.
         """
         kwargs = resolve_dtypes(kwargs)
         parts = {name: kwargs.pop(name, None) for name in _ARGUMENTS}
-        location, given = str(pretrained_model_name_or_path), COMPONENTS & kwargs.keys()
+        try:
+            location = str(chosen_model(pretrained_model_name_or_path))
+        except NoAdapter as error:
+            raise LayoutError(str(error)) from error
+        given = COMPONENTS & kwargs.keys()
         if parts["autoencoder"] is not None and "vae" in given:
             raise LayoutError("autoencoder= and vae= both give the autoencoder: leave one of them out.")
         unneeded = given if parts["autoencoder"] is None else given | {"vae"}

@@ -31,9 +31,10 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from .adapted import load_adapted
+from ..run_folder import chosen_model
+from .adapted import load_adapted, own_base
 from .adapted_images import FLUX, SANA
-from .adapter_folder import base_location, is_adapter, read_facts
+from .adapter_folder import AdapterError, is_adapter, is_of_pictures, read_facts
 from .canvas import Canvas
 from .dtypes import resolve_dtypes
 from .published_files import hub_options, read_json
@@ -203,7 +204,8 @@ class DCGenPipeline:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> DiffusionPipeline:
-        """Load a folder or hub id; arguments are those of `DiffusionPipeline.from_pretrained`.
+        """Load a folder or hub id, or the folder of a training; arguments are those of
+        `DiffusionPipeline.from_pretrained`.
 
         A dtype may be a name, such as "bfloat16". A folder with adapter-only weights (`adapter/` of a run or a
         checkpoint of the recipe `ae_adapt`, or what `vidaccel.lora.export` wrote) is loaded onto the base that it
@@ -211,14 +213,20 @@ class DCGenPipeline:
 
         Raises:
             ValueError: a dtype whose name is unknown, a pipeline of another family, a model_index.json that cannot be
-                read, an adapter that does not fit, or `base=` and `autoencoder=` for what is none.
+                read, an adapter that does not fit, `base=` and `autoencoder=` for what is none, or a training that
+                has made no model.
             OSError: there is no such model.
         """
         kwargs = resolve_dtypes(kwargs)
-        folder = Path(pretrained_model_name_or_path).expanduser()
+        folder = Path(chosen_model(pretrained_model_name_or_path)).expanduser()
         if folder.is_dir() and is_adapter(folder):
-            base = kwargs.get("base")
-            family = _family(base_location(str(read_facts(folder)["base"] if base is None else base)), kwargs)
+            facts = read_facts(folder)
+            if not is_of_pictures(facts["transformer"]):
+                raise AdapterError(
+                    f"{folder} is an adapter for videos: load it with DCVideoGenPipeline, or where it starts from an "
+                    "image with DCVideoGenImageToVideoPipeline."
+                )
+            family = _family(own_base(folder, facts["base"], kwargs.get("base")), kwargs)
             return load_adapted(family, folder, kind=_KINDS[family], **kwargs)
         if unused := [f"{name}=" for name in _OF_ADAPTERS if kwargs.pop(name, None) is not None]:
             raise ValueError(

@@ -223,7 +223,7 @@ def test_the_built_in_one_is_a_start(tmp_path):
 @pytest.mark.parametrize(
     ("start", "words"),
     [
-        ("nowhere", "model.start: nowhere is no folder here, no hub id .* the built-in \"demo-dc\""),
+        ("nowhere", 'model.start: nowhere is no folder here, no hub id .* the built-in "demo-dc"'),
         (str(demo.path() / "vae"), "vae is a AutoencoderKLWan; give an AutoencoderDCV"),
     ],
 )

@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_adapter import TINY, write_adapter
 
-from vidaccel import AutoencoderDCV, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
+from vidaccel import AutoencoderDCV, DCGenPipeline, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
 from vidaccel.generation.model_facts import inspect_model
+from vidaccel.lora.backbones import open_model
+from vidaccel.lora.config import ConfigError
 from vidaccel.pipelines.deep_compression.adapter_folder import (
     FACTS_FILE,
     FULL_FILE,
@@ -23,7 +25,6 @@ from vidaccel.pipelines.deep_compression.adapter_folder import (
     AdapterError,
     read_facts,
 )
-from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.weight_files import transformer_files
 
 
@@ -195,11 +196,55 @@ def test_the_class_of_another_kind_of_adapter(tmp_path):
         DCVideoGenPipeline.from_pretrained(tmp_path / "image")
 
 
-def test_the_folder_of_a_training_is_not_its_model(tmp_path):
-    write_adapter(tmp_path / "run" / "adapter")
-    DCVideoGenPipeline.from_pretrained(tmp_path / "run" / "adapter").save_pretrained(tmp_path / "run" / "pipeline")
-    with pytest.raises(LayoutError, match="is the folder of a training, whose model is .*pipeline: give that"):
-        DCVideoGenPipeline.from_pretrained(tmp_path / "run")
+def test_the_folder_of_a_training_stands_for_its_model(tmp_path, caplog):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for load in (DCVideoGenPipeline.from_pretrained, DCGenPipeline.from_pretrained):
+        with pytest.raises(ValueError, match="is the folder of a training that has written no model"):
+            load(run)
+    write_adapter(run / "checkpoints" / "step_00000001" / "adapter")
+    with caplog.at_level("INFO", "vidaccel"):
+        pipe = DCVideoGenPipeline.from_pretrained(run)
+    assert "the folder of a training: its checkpoints/step_00000001/adapter is used" in caplog.text
+    pipe.save_pretrained(run / "pipeline")
+    with caplog.at_level("INFO", "vidaccel"):
+        assert DCVideoGenPipeline.from_pretrained(str(run)).transformer is not None
+    assert "the folder of a training: its pipeline is used" in caplog.text
+
+
+def test_a_base_that_is_gone_is_told_with_the_adapter(tmp_path):
+    """And not as a download that failed."""
+    write_adapter(tmp_path / "adapter", base="/models/gone")
+    words = "adapter was made for the base in /models/gone, which is not there: give its folder with base="
+    with pytest.raises(AdapterError, match=words):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match=words):
+        open_model(str(tmp_path / "adapter"), "lora")
+    with pytest.raises(AdapterError, match="base is nowhere, which is no folder here and no hub id"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", base="nowhere")
+    assert DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", base="demo").transformer is not None
+
+
+def test_an_autoencoder_of_other_channels_is_told_before_the_base_is_read(tmp_path, monkeypatch):
+    write_adapter(tmp_path / "adapter")
+    AutoencoderDCV(**{**TINY, "latent_channels": 4}).save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", None)
+    with pytest.raises(AdapterError, match="for an autoencoder of 8 latent channels, and the one that is given has 4"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder=tmp_path / "other")
+    vae = AutoencoderDCV.from_pretrained(tmp_path / "other")
+    with pytest.raises(AdapterError, match="for an autoencoder of 8 latent channels"):
+        DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", vae=vae)
+
+
+def test_an_adapter_for_videos_is_none_for_pictures(tmp_path):
+    write_adapter(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="adapter is an adapter for videos: load it with DCVideoGenPipeline"):
+        DCGenPipeline.from_pretrained(tmp_path / "adapter")
+    facts = json.loads((tmp_path / "adapter" / FACTS_FILE).read_text())
+    facts["transformer"]["patch_size"] = 1
+    (tmp_path / "adapter" / FACTS_FILE).write_text(json.dumps(facts))
+    with pytest.raises(ConfigError, match="adapter is a DCGenPipeline; lora takes WanPipeline"):
+        open_model(str(tmp_path / "adapter"), "lora")
 
 
 def test_the_variant_is_that_of_the_autoencoder_too(tmp_path):
