@@ -143,25 +143,52 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         Raises:
             ValueError: a number that is no multiple of the compression, or a stride that exceeds its tile.
         """
+        rows = self._tiles(tile_sample_min_height, tile_sample_stride_height)
+        self._tile_columns = self._tiles(tile_sample_min_width, tile_sample_stride_width)
+        self._tile_rows, self.use_tiling = rows, True
+
+    def _tiles(self, size: int | None = None, stride: int | None = None) -> Tiles:
+        """Tiles along one side, of the default size and stride where none is given. Raises as `enable_tiling` does."""
         factor = self.spatial_compression_ratio
-        sizes = [tile_sample_min_height, tile_sample_min_width]
-        strides = [tile_sample_stride_height, tile_sample_stride_width]
-        for index in range(2):
-            sizes[index] = sizes[index] if sizes[index] is not None else default_tile(factor)
-            _check_tile(sizes[index], factor)
-            strides[index] = strides[index] if strides[index] is not None else default_stride(sizes[index], factor)
-            _check_tile(strides[index], factor)
-        self._tile_rows, self._tile_columns = (Tiles(size, stride) for size, stride in zip(sizes, strides, strict=True))
-        self.use_tiling = True
+        size = default_tile(factor) if size is None else size
+        _check_tile(size, factor)
+        stride = default_stride(size, factor) if stride is None else stride
+        _check_tile(stride, factor)
+        return Tiles(size, stride)
 
     @property
     def tile_sample_min_height(self) -> int:
-        """Pixels of a tile, under diffusers' name."""
+        """Pixels of a tile, under diffusers' name; set alone, it gets the default stride."""
         return self._tile_rows.size
+
+    @tile_sample_min_height.setter
+    def tile_sample_min_height(self, pixels: int) -> None:
+        self._tile_rows = self._tiles(pixels)
 
     @property
     def tile_sample_min_width(self) -> int:
         return self._tile_columns.size
+
+    @tile_sample_min_width.setter
+    def tile_sample_min_width(self, pixels: int) -> None:
+        self._tile_columns = self._tiles(pixels)
+
+    @property
+    def tile_sample_stride_height(self) -> int:
+        """Pixels between the starts of two tiles."""
+        return self._tile_rows.stride
+
+    @tile_sample_stride_height.setter
+    def tile_sample_stride_height(self, pixels: int) -> None:
+        self._tile_rows = self._tiles(self._tile_rows.size, pixels)
+
+    @property
+    def tile_sample_stride_width(self) -> int:
+        return self._tile_columns.stride
+
+    @tile_sample_stride_width.setter
+    def tile_sample_stride_width(self, pixels: int) -> None:
+        self._tile_columns = self._tiles(self._tile_columns.size, pixels)
 
     @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> EncoderOutput | tuple[torch.Tensor]:
@@ -192,7 +219,8 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode_chunks(self, z: torch.Tensor) -> Iterator[torch.Tensor]:
         """The video of `decode`, chunk by chunk: at most `chunk_size` frames are held at a time.
 
-        Tiles and slices are not used. Raises as `decode` does.
+        Tiles and slices are not used, nor is a tiny decoder that is at work in the place of `decode`. Raises as
+        `decode` does.
         """
         self._check_latent(z)
         return self._decode_chunks(z)
@@ -248,7 +276,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         if scale > 1:
             rows, columns = rows.scaled(1 / scale), columns.scaled(1 / scale)
         together = 1 if self.use_slicing else x.shape[0]
-        if self.use_tiling and (x.shape[-2] > rows.size or x.shape[-1] > columns.size):
+        if self.use_tiling and len(x) and (x.shape[-2] > rows.size or x.shape[-1] > columns.size):
             return run_tiled(chunks, x, rows, columns, scale, frames, together)
         made = [torch.cat(list(chunks(some)), dim=2) for some in x.split(together)]
         return made[0] if len(made) == 1 else torch.cat(made)

@@ -24,6 +24,7 @@ from .checkpoint_file import (
     variant_in,
     write_stated,
 )
+from .dtypes import resolve_dtype
 from .presets import PRESETS
 
 logger = logging.getLogger(__name__)
@@ -224,18 +225,20 @@ def _warn_of_guesses(config: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
-def load_published(path: str | Path, dtype: torch.dtype | None = None, **changes: Any) -> AutoencoderDCV:
+def load_published(path: str | Path, dtype: torch.dtype | str | None = None, **changes: Any) -> AutoencoderDCV:
     """An `AutoencoderDCV` with the weights of a published file.
 
     Args:
         path: `.pt` or `.safetensors`.
-        dtype: of the weights; as in the file when None.
+        dtype: of the weights, maybe by name, such as "bfloat16"; as in the file when None.
         changes: fields of the configuration that weights do not tell, such as `chunk_size`, instead of what the file
             says of them (see `write_published_file`) and of those of the published variants.
 
     Raises:
         CheckpointError: see `read_published` and `check_shapes`. Shapes are checked before weights are read.
+        ValueError: a dtype whose name is unknown.
     """
+    dtype = resolve_dtype(dtype)
     unknown = changes.keys() - inspect.signature(AutoencoderDCV.__init__).parameters.keys()
     if unknown:
         raise CheckpointError(

@@ -32,6 +32,7 @@ def decoding_bytes(
     itemsize: int,
     tile: tuple[int, int] | None = None,
     stride: tuple[int, int] | None = None,
+    framewise: bool = True,
 ) -> int:
     """The most that decoding one video holds beside the weights: activations, and the video itself.
 
@@ -44,6 +45,7 @@ def decoding_bytes(
         itemsize: bytes of a value; 2 for bfloat16.
         tile: height and width in pixels of a tile; None decodes frames whole.
         stride: pixels between the starts of two tiles of DC-AE-V, down and across; None for `default_stride`.
+        framewise: whether DC-AE-V decodes its chunks one by one, and not all whole ones together.
     """
     rows, columns = (height, width) if tile is None else (min(tile[0], height), min(tile[1], width))
     if not _is_dc(vae):
@@ -57,7 +59,8 @@ def decoding_bytes(
     frames = -(-(frames + pad) // 4) * 4
     chunk = vae.get("chunk_size", 40)
     chunk = chunk if vae.get("tail") == "replicate" else min(chunk, frames)
-    held = _dc_chunk(vae, chunk, rows, columns) * itemsize
+    together = 1 if framewise else max(frames // chunk, 1)
+    held = together * _dc_chunk(vae, chunk, rows, columns) * itemsize
     pixel = channels * frames * itemsize
     latents = vae["latent_channels"] * frames * height * width // (4 * factor**2) * itemsize
     if (rows, columns) == (height, width):
@@ -74,10 +77,11 @@ def decoding_bytes(
 
 
 def memory_to_decode(vae: ModelMixin, frames: int, height: int, width: int) -> int:
-    """`decoding_bytes` of an autoencoder as it is now: its dtype, and its tiles if it works in tiles."""
+    """`decoding_bytes` of an autoencoder as it is now: its dtype, its tiles if it works in tiles, and its chunks."""
     tile = (vae.tile_sample_min_height, vae.tile_sample_min_width) if vae.use_tiling else None
     stride = (vae._tile_rows.stride, vae._tile_columns.stride) if _is_dc(vae.config) else None
-    return decoding_bytes(vae.config, frames, height, width, vae.dtype.itemsize, tile, stride)
+    framewise = not _is_dc(vae.config) or vae.use_framewise_decoding
+    return decoding_bytes(vae.config, frames, height, width, vae.dtype.itemsize, tile, stride, framewise)
 
 
 def _is_dc(vae: Mapping[str, Any]) -> bool:

@@ -316,7 +316,7 @@ def _check_channels(folder: Path, made: int, vae: Any) -> None:
     channels = None if vae is None else vae.config.get("latent_channels")
     if channels is not None and channels != made:
         raise AdapterError(
-            f"{folder} was made for an autoencoder of {made} latent channels, and the one that is given has {channels}: "
+            f"{folder} was made for an autoencoder of {made} latent channels, and this one has {channels}: "
             "give the one that it was made for, or leave autoencoder= and vae= out."
         )
 

@@ -22,7 +22,8 @@ from torch.nn import functional
 from ...autoencoders import AutoencoderDCV
 from .canvas import Canvas
 from .constructor import constructor_of
-from .text_to_video import DCVideoGen, ToldVideo, check_output, videos_of
+from .outputs import ToldVideo, check_output
+from .text_to_video import DCVideoGen, videos_of
 
 
 class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
@@ -67,7 +68,7 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         check_output(output_type)
         image, last_image = _coloured(image, "image"), _coloured(last_image, "last_image")
         videos = videos_of(prompt, kwargs)
-        canvas = self._canvas(num_frames, height, width, videos)
+        canvas = self._canvas(num_frames, height, width, videos, output_type != "latent")
         self._check_images(_count(image), _count(last_image), videos)
         with self._pictures_on(canvas), one_state_a_video(self.transformer, _count(image), _count(last_image)):
             output = super().__call__(
@@ -167,7 +168,9 @@ class OnCanvas(ToldVideo):
         return processor
 
     def preprocess(self, image: Any, height: int | None = None, width: int | None = None, **_: Any) -> torch.Tensor:
-        """Pixels `[B, 3, H, W]` in [-1, 1]."""
+        """Pixels `[B, 3, H, W]` in [-1, 1]; those of a list may have a size and a kind each."""
+        if isinstance(image, list):
+            return torch.cat([self.preprocess(one) for one in image])
         canvas = self.canvas
         pixels = super().preprocess(image, height=canvas.asked_height, width=canvas.asked_width)
         return functional.pad(pixels.float(), canvas.margins, mode="replicate")

@@ -19,7 +19,6 @@ from diffusers import (
     FluxTransformer2DModel,
     SanaPipeline,
 )
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from transformers import (
@@ -31,12 +30,13 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from ...autoencoders.dtypes import resolve_dtypes
 from ..run_folder import chosen_model
 from .adapted import load_adapted, own_base
 from .adapted_images import FLUX, SANA
 from .adapter_folder import AdapterError, is_adapter, is_of_pictures, read_facts
 from .canvas import Canvas
-from .dtypes import resolve_dtypes
+from .outputs import ToldPictures, ToldSanaPictures, check_output
 from .published_files import hub_options, read_json
 
 
@@ -111,7 +111,7 @@ class DCGenFluxPipeline(FluxPipeline):
         )
         # The parent counts two latent pixels a token: half the factor gives one token a latent pixel, of all channels.
         self.vae_scale_factor = vae.spatial_compression_ratio // 2 if vae is not None else 16
-        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * 2)
+        self.image_processor = ToldPictures(vae_scale_factor=self.vae_scale_factor * 2)
         self.tokenizer_max_length = tokenizer.model_max_length if tokenizer is not None else 77
         self.default_sample_size = 64
 
@@ -132,8 +132,9 @@ class DCGenFluxPipeline(FluxPipeline):
             output_type: "latent" gives scaled latents `[B, C, H/f, W/f]` of the canvas.
 
         Raises:
-            ValueError: sizes under 1, or parts that do not belong together.
+            ValueError: sizes under 1, an unknown `output_type`, or parts that do not belong together.
         """
+        check_output(output_type)
         canvas = _canvas(self, height, width, _transformer(self).out_channels)
         size = {"height": canvas.height, "width": canvas.width}
         tokens = super().__call__(*args, **size, output_type="latent", return_dict=False, **kwargs)[0]
@@ -169,9 +170,11 @@ class DCGenSanaPipeline(SanaPipeline):
             use_resolution_binning: off, since it would make another size and scale the picture.
 
         Raises:
-            ValueError: sizes under 1, or parts that do not belong together.
+            ValueError: sizes under 1, an unknown `output_type`, or parts that do not belong together.
         """
+        check_output(output_type)
         canvas = _canvas(self, height, width, _transformer(self).config.out_channels, multiple=32)
+        self.image_processor = ToldSanaPictures(vae_scale_factor=self.vae_scale_factor)
         images = super().__call__(
             *args,
             height=canvas.height,

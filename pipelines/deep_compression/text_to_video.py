@@ -13,17 +13,16 @@ import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
-from diffusers.video_processor import VideoProcessor
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.memory import decoding_bytes, default_tile, memory_to_decode
+from ..undo import TINY_DECODER
 from .canvas import Canvas
 from .constructor import constructor_of
+from .outputs import ToldVideo, check_output
 from .published import PublishedLayoutMixin
 
 logger = logging.getLogger(__name__)
-
-OUTPUTS = ("np", "pt", "pil", "latent")
 
 
 def videos_of(prompt: Any, options: Mapping[str, Any]) -> int:
@@ -33,35 +32,13 @@ def videos_of(prompt: Any, options: Mapping[str, Any]) -> int:
     return prompts * options.get("num_videos_per_prompt", 1)
 
 
-def check_output(output_type: Any) -> None:
-    """Raise ValueError, before the first step, for what diffusers refuses behind the last one."""
-    if output_type not in OUTPUTS:
-        raise ValueError(
-            f"output_type is {output_type!r}: give {', '.join(map(repr, OUTPUTS[:-1]))} or {OUTPUTS[-1]!r}."
-        )
-
-
-class ToldVideo(VideoProcessor):
-    """Says of a video that it has no picture; as pixels of PIL it would be black."""
-
-    def postprocess_video(self, video: torch.Tensor, output_type: str = "np") -> Any:
-        low, high = video.aminmax()
-        if not (high - low).isfinite():
-            logger.warning(
-                "The video has NaN or infinite values in %s: load the pipeline in another dtype (bfloat16 or float32); "
-                "float16 overflows in models that were trained in bfloat16.",
-                video.dtype,
-            )
-        return super().postprocess_video(video, output_type)
-
-
 class DCVideoGen(PublishedLayoutMixin):
     """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
 
     _sees_image = False
 
-    def _canvas(self, frames: int, height: int, width: int, videos: int = 1) -> Canvas:
-        """The canvas for so many videos of one size.
+    def _canvas(self, frames: int, height: int, width: int, videos: int = 1, decodes: bool = True) -> Canvas:
+        """The canvas for so many videos of one size, which are decoded or not.
 
         Raises:
             ValueError: a size under 1, or components that do not belong together.
@@ -87,7 +64,8 @@ class DCVideoGen(PublishedLayoutMixin):
         )
         if canvas.is_larger:
             logger.info("%s", canvas)
-        self._check_memory(canvas, videos)
+        if decodes and not hasattr(self.vae, TINY_DECODER):  # which takes a small part of it
+            self._check_memory(canvas, videos)
         return canvas
 
     def _check_memory(self, canvas: Canvas, videos: int) -> None:
@@ -101,8 +79,12 @@ class DCVideoGen(PublishedLayoutMixin):
         if needed > room:
             # Of very long videos the sums where tiles overlap take more than frames that are decoded whole.
             tile, size = default_tile(self.vae.config), (canvas.frames, canvas.height, canvas.width)
-            tiled = together * decoding_bytes(self.vae.config, *size, self.vae.dtype.itemsize, tile)
+            framewise = self.vae.use_framewise_decoding
+            tiled = together * decoding_bytes(
+                self.vae.config, *size, self.vae.dtype.itemsize, tile, framewise=framewise
+            )
             fix = "call pipe.vae.enable_tiling()" if tiled < needed else "make it smaller or shorter"
+            fix = fix if framewise else "set pipe.vae.use_framewise_decoding to True"
             fix = "call pipe.vae.enable_slicing()" if together > 1 else fix
             logger.warning(
                 "Decoding %s%d frames of %dx%d takes about %.0f GiB beside the weights, and %s has %.0f: %s.",
@@ -215,7 +197,7 @@ class DCVideoGenPipeline(DCVideoGen, WanPipeline):
             ValueError: sizes under 1, an unknown `output_type`, or what `WanPipeline` refuses.
         """
         check_output(output_type)
-        canvas = self._canvas(num_frames, height, width, videos_of(prompt, kwargs))
+        canvas = self._canvas(num_frames, height, width, videos_of(prompt, kwargs), output_type != "latent")
         output = super().__call__(
             prompt,
             negative_prompt,

@@ -9,6 +9,7 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from ...attention.timing import Span
+from ...autoencoders.dtypes import resolve_dtype
 from ...autoencoders.tiny import TinyVideoDecoder, frames_of, to_transformer
 from ..acceleration.copies import CopiedNotPickled
 from ..removed import refuse_removed
@@ -105,14 +106,15 @@ class TinyDecoder:
 
 
 def tiny_decoder(
-    pipe: Any, source: str | Path | TinyVideoDecoder | None = None, *, dtype: torch.dtype | None = None
+    pipe: Any, source: str | Path | TinyVideoDecoder | None = None, *, dtype: torch.dtype | str | None = None
 ) -> TinyDecoder:
     """Decode the latents of a pipeline with a tiny decoder in the place of its autoencoder's own.
 
     In runs of few steps the autoencoder takes a large part of the time and the most memory. A tiny decoder takes a
     small part of both, and what it makes is near to the same: fine texture is a little softer. Images and videos that a
-    pipeline is given are encoded by the autoencoder as before, and what else is at work in the pipeline goes on. Other
-    pipelines with the same autoencoder are changed with this one.
+    pipeline is given are encoded by the autoencoder as before, `decode_chunks` of DC-AE-V remains that of its own
+    decoder, and what else is at work in the pipeline goes on. Other pipelines with the same autoencoder are changed
+    with this one.
 
     Args:
         pipe: a diffusers pipeline with an autoencoder of Wan, HunyuanVideo, HunyuanVideo 1.5, CogVideoX, LTX-2,
@@ -120,7 +122,7 @@ def tiny_decoder(
         source: a published file in the layout of TAEHV, such as taew2_1.safetensors (github.com/madebyollin/taehv) or
             LightX2V's lighttaew2_1.safetensors; a folder that the recipe `tiny-decoder` made, or a hub id of one; or
             None for what the model has of its own, as the built-in DC-VideoGen model does.
-        dtype: in which it computes; None for the transformer's, on the CPU float32.
+        dtype: in which it computes, maybe by name, such as "bfloat16"; None for the transformer's, on the CPU float32.
 
     Returns:
         A handle with `remove()`, `seconds` and `notes()`.
@@ -128,5 +130,7 @@ def tiny_decoder(
     Raises:
         TinyDecoderError: a decoder that cannot be read, or one of another autoencoder.
         RuntimeError: the autoencoder has a tiny decoder already.
+        ValueError: a dtype whose name is unknown.
     """
-    return TinyDecoder(pipe, find_decoder(pipe, source), dtype)
+    chosen = resolve_dtype(dtype)
+    return TinyDecoder(pipe, find_decoder(pipe, source), chosen)

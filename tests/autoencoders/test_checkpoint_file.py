@@ -55,6 +55,9 @@ def test_safetensors_load_and_the_type_can_be_chosen(tmp_path):
         assert value.equal(model.state_dict()[name].bfloat16())
     torch.save({"model_state_dict": {n: v.bfloat16() for n, v in published.items()}}, tmp_path / "half.pt")
     assert convert.load_published(tmp_path / "half.pt").dtype == torch.bfloat16
+    assert convert.load_published(tmp_path / "half.pt", dtype="float32").dtype == torch.float32
+    with pytest.raises(ValueError, match="dtype='fp32' is no dtype: give one of"):
+        convert.load_published(tmp_path / "half.pt", dtype="fp32")
 
 
 def test_a_file_goes_to_a_diffusers_folder_and_back(tmp_path):

@@ -58,6 +58,18 @@ def test_the_estimate_for_other_configurations(changes):
     assert counted <= estimate <= 1.2 * counted
 
 
+@pytest.mark.parametrize(("frames", "tile"), [(8, None), (9, None), (3, None), (8, 128)])
+def test_the_estimate_where_whole_chunks_are_decoded_together(frames, tile):
+    model = _meta(AutoencoderDCV, **MIDDLE)
+    if tile:
+        model.enable_tiling(tile, tile)
+    framewise = _decoding(model, frames, 256, 256)[1]
+    model.use_framewise_decoding = False
+    counted, estimate = _decoding(model, frames, 256, 256)
+    assert counted <= estimate <= 1.25 * counted
+    assert (estimate > 1.5 * framewise) == (frames >= 8)
+
+
 @pytest.mark.parametrize(("config", "tile"), [({}, False), ({}, True), ({"base_dim": 16}, False), (WAN_2_2, False)])
 def test_the_estimate_for_wan_s_autoencoder(config, tile):
     model = _meta(AutoencoderKLWan, **config)

@@ -181,3 +181,26 @@ def test_seams_are_measured():
     hard, blended = run(160), run(96)
     assert hard[0] > 0.01
     assert blended[0] < 0.5 * hard[0] and blended[1] < 0.6 * hard[1]
+
+
+def test_tiles_have_diffusers_names():
+    """As of its own autoencoders, they are set one by one; that does not turn tiling on."""
+    model = make_autoencoder()
+    factor = model.spatial_compression_ratio
+    model.tile_sample_min_height = model.tile_sample_min_width = 8 * factor
+    assert (model.tile_sample_stride_height, model.tile_sample_stride_width) == (6 * factor, 6 * factor)
+    model.tile_sample_stride_height = 7 * factor
+    model.tile_sample_stride_width = 5 * factor
+    assert (model._tile_rows, model._tile_columns) == (Tiles(8 * factor, 7 * factor), Tiles(8 * factor, 5 * factor))
+    assert not model.use_tiling
+    with pytest.raises(ValueError, match="at most the size"):
+        model.tile_sample_stride_height = 9 * factor
+    with pytest.raises(ValueError, match=f"must be multiples of {factor} pixels"):
+        model.tile_sample_min_width = factor + 1
+
+
+def test_an_empty_batch_is_one_with_tiles_too():
+    model = make_autoencoder()
+    model.enable_tiling(2 * model.spatial_compression_ratio, 2 * model.spatial_compression_ratio)
+    side = 4 * model.spatial_compression_ratio
+    assert model.encode(torch.zeros(0, 3, 8, side, side)).latent.shape == (0, model.config.latent_channels, 2, 4, 4)

@@ -229,7 +229,7 @@ def test_an_autoencoder_of_other_channels_is_told_before_the_base_is_read(tmp_pa
     write_adapter(tmp_path / "adapter")
     AutoencoderDCV(**{**TINY, "latent_channels": 4}).save_pretrained(tmp_path / "other")
     monkeypatch.setattr(WanTransformer3DModel, "from_pretrained", None)
-    with pytest.raises(AdapterError, match="for an autoencoder of 8 latent channels, and the one that is given has 4"):
+    with pytest.raises(AdapterError, match="for an autoencoder of 8 latent channels, and this one has 4"):
         DCVideoGenPipeline.from_pretrained(tmp_path / "adapter", autoencoder=tmp_path / "other")
     vae = AutoencoderDCV.from_pretrained(tmp_path / "other")
     with pytest.raises(AdapterError, match="for an autoencoder of 8 latent channels"):

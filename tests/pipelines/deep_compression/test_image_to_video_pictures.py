@@ -132,3 +132,14 @@ def test_pictures_that_do_not_fit_are_refused_before_anything_runs():
         generate_dc(pipe, 12, image=[picture] * 2, last_image=[picture] * 3, prompts=2)
     with pytest.raises(ValueError, match="There are 0 images for 1 videos"):
         generate_dc(pipe, 12, image=None)
+
+
+def test_a_list_may_hold_pictures_of_several_sizes_and_kinds():
+    """Each becomes what it becomes alone."""
+    pipe = make_dc_pipe(DCVideoGenImageToVideoPipeline)
+    tall, wide = torch.rand(3, 30, 20), torch.rand(2, 3, 20, 40) * 2 - 1
+    images = [tall, make_picture(24, 24), wide]
+    made = generate_dc(pipe, 8, prompts=4, image=images, generator=seeds(1, 2, 3, 4))
+    for number, image in enumerate((tall, images[1], wide[0], wide[1])):
+        alone = generate_dc(pipe, 8, image=image, generator=seeds(number + 1))
+        torch.testing.assert_close(made[number], alone[0], atol=1e-4, rtol=1e-4)

@@ -173,3 +173,24 @@ def test_the_autoencoder_of_a_stock_model_is_refused():
         pipe.vae = None
         with pytest.raises(ValueError, match="has no autoencoder: set pipe.vae"):
             generate(pipe)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_output_that_there_is_none_of_is_told_before_the_first_step(name):
+    pipe = pipeline(name)
+    pipe.transformer.forward = None
+    for output_type in ("tensor", None):
+        with pytest.raises(ValueError, match=f"output_type is {output_type!r}: give 'np', 'pt', 'pil' or 'latent'"):
+            generate(pipe, output_type=output_type)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_nothing_are_told(name, caplog):
+    """As pixels they are black."""
+    pipe = pipeline(name)
+    generate(pipe, output_type="pil")
+    assert "NaN" not in caplog.text
+    with torch.no_grad():
+        pipe.transformer.proj_out.bias.fill_(float("nan"))
+    generate(pipe, output_type="pil")
+    assert caplog.text.count("The pictures have NaN or infinite values in torch.float32: load the pipeline in") == 1

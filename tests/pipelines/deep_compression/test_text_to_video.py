@@ -13,9 +13,10 @@ from peft import LoraConfig
 from tiny_dc import DEEP, generate_dc, make_autoencoder, make_dc_pipe, make_dc_transformer, make_text
 
 import vidaccel
-from vidaccel import SVG2, DenseSchedule
+from vidaccel import SVG2, DenseSchedule, tiny_decoder
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.autoencoders.memory import memory_to_decode
+from vidaccel.autoencoders.tiny import TinyVideoDecoder
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
 
 CLASSES = [DCVideoGenPipeline, DCVideoGenImageToVideoPipeline]
@@ -229,6 +230,28 @@ def test_a_decoding_that_will_not_fit_is_said_before_the_first_step(cls, monkeyp
     pipe.vae.enable_slicing()
     pipe._canvas(80, 720, 1280, 2)
     assert "Decoding" not in caplog.text
+    pipe.vae.use_framewise_decoding = False
+    memory.total_memory = memory_to_decode(pipe.vae, 80, 736, 1280) - 1
+    pipe._canvas(80, 720, 1280, 2)
+    assert "set pipe.vae.use_framewise_decoding to True" in caplog.text
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_decoding_that_is_none_of_the_autoencoder_s_is_no_matter(cls, monkeypatch, caplog):
+    """Latents that are given out, and frames of a tiny decoder."""
+    pipe = make_dc_pipe(cls)
+    with monkeypatch.context() as patch:
+        patch.setattr(cls, "_check_memory", None)
+        assert generate_dc(pipe, 8, output_type="latent").ndim == 5
+    monkeypatch.setattr(cls, "_execution_device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1))
+    shape = {"block_out_channels": (8,) * 6, "layers_per_block": 1, "time_growth": (1, 1, 1, 2, 2)}
+    decoder = TinyVideoDecoder(4, **shape, first_frame_alone=False, autoencoder="AutoencoderDCV")
+    with tiny_decoder(pipe, decoder):
+        pipe._canvas(80, 720, 1280, 1)
+        assert "Decoding" not in caplog.text
+    pipe._canvas(80, 720, 1280, 1)
+    assert "Decoding" in caplog.text
 
 
 @pytest.mark.parametrize("cls", CLASSES)

@@ -105,6 +105,15 @@ def test_a_copy_decodes_by_itself_and_keeps_its_decoder():
     assert twin.vae.decode.vae is twin.vae
 
 
+def test_its_dtype_may_be_a_name():
+    pipe = wan_kin.wan()
+    with tiny_decoder(pipe, decoder_for(pipe.vae), dtype="bfloat16") as handle:
+        made(pipe)
+        assert handle._decode.decoder.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="dtype='bf16' is no dtype: give one of float32, bfloat16"):
+        tiny_decoder(pipe, decoder_for(pipe.vae), dtype="bf16")
+
+
 def test_what_was_in_the_place_of_decode_comes_back():
     pipe = wan_kin.wan()
     own = pipe.vae.decode = torch.compile(pipe.vae.decode, backend="eager")

@@ -19,13 +19,14 @@ def resolve_dtypes(options: dict[str, Any]) -> dict[str, Any]:
     for argument in ("dtype", "torch_dtype"):
         value = options.get(argument)
         if isinstance(value, dict):
-            resolved[argument] = {part: _resolve(one, f"{argument}[{part!r}]") for part, one in value.items()}
+            resolved[argument] = {part: resolve_dtype(one, f"{argument}[{part!r}]") for part, one in value.items()}
         elif value is not None:
-            resolved[argument] = _resolve(value, argument)
+            resolved[argument] = resolve_dtype(value, argument)
     return resolved
 
 
-def _resolve(value: Any, argument: str) -> Any:
+def resolve_dtype(value: Any, argument: str = "dtype") -> Any:
+    """A dtype that may be given by name; what is no text is what it was. Raises as `resolve_dtypes` does."""
     if not isinstance(value, str):
         return value
     name = value.removeprefix("torch.")
