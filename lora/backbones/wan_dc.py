@@ -66,7 +66,7 @@ class DCWanModel(OwnWan):
             self.autoencoder.enable_tiling()
 
     def _adapter_facts(self) -> dict[str, Any]:
-        """What adapter-only weights belong to: under "base" where that is, and under "vae" where their autoencoder is."""
+        """What adapter-only weights belong to: under "base" where that is, under "vae" where their autoencoder is."""
         try:
             facts = read_facts(Path(self.base))
             vae = own_autoencoder(Path(self.base), facts["autoencoder"])
