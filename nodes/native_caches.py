@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,7 @@ FORECAST = "vidaccel_forecast"
 GUIDANCE = "vidaccel_guidance_cache"
 NAMES = {FORECAST: "forecast cache", GUIDANCE: "guidance cache"}
 """Key of a cache in a MODEL -> what it is called."""
+CHANGED = "a ControlNet, a hook or a prompt changed from step to step, which leaves nothing to go on"
 _COMFYUIS = "easycache"
 """In `transformer_options`: ComfyUI's EasyCache or LazyCache, which both are there while they are in a MODEL."""
 
@@ -89,18 +90,42 @@ def _check_alone(key: str, options: Mapping[str, Any] | None) -> None:
         )
 
 
-def asked_of(model: Any, cond: list[dict[str, Any]], sigma: float, options: Mapping[str, Any]) -> str:
-    """What tells a pass from others at a noise level: the model, the conditions as far as they are for this level, and
-    the blocks that are left out or computed in another way.
+def asked_of(model: Any, cond: list[dict[str, Any]], timestep: torch.Tensor, options: dict[str, Any]) -> str:
+    """What tells a pass from others at a noise level: the model, the conditions as far as they are for this level with
+    what is at work in them there, and the blocks that are left out or computed in another way.
 
     Args:
-        model: ComfyUI's BaseModel. cond: conditions of the pass. sigma: the level. options: `transformer_options`.
+        model: ComfyUI's BaseModel. cond: conditions of the pass. timestep: `[B]`, the level. options: of the model.
     """
+    level = timestep.flatten()[:1].cpu()  # compared as a tensor, since ComfyUI rounds bounds to its precision
 
-    def for_it(entry: dict[str, Any]) -> bool:
-        starts, ends = entry.get("timestep_start"), entry.get("timestep_end")
-        return (starts is None or sigma <= float(starts)) and (ends is None or sigma >= float(ends))
+    def within(starts: Any, ends: Any) -> bool:
+        return (starts is None or not level > float(starts)) and (ends is None or not level < float(ends))
 
-    conditions = ", ".join(str(entry.get("uuid")) for entry in cond if for_it(entry))
-    replaced = ", ".join(sorted(map(str, replaced_blocks(options))))
-    return f"{id(model)}: {conditions}" + (f"; {replaced} replaced" if replaced else "")
+    asked = []
+    for entry in cond:
+        if within(entry.get("timestep_start"), entry.get("timestep_end")):
+            asked.append(" ".join([str(entry.get("uuid")), *_at_work(model, entry, timestep, options, within)]))
+    replaced = ", ".join(sorted(map(str, replaced_blocks(options.get("transformer_options") or {}))))
+    return f"{id(model)}: {', '.join(asked)}" + (f"; {replaced} replaced" if replaced else "")
+
+
+def _at_work(
+    model: Any,
+    entry: Mapping[str, Any],
+    timestep: torch.Tensor,
+    options: dict[str, Any],
+    within: Callable[[Any, Any], bool],
+) -> Iterator[str]:
+    """What of a condition comes and goes on the way: its ControlNets, and the strengths of its hooks."""
+    control, place = entry.get("control"), 0
+    while control is not None:
+        if within(*(control.timestep_range or (None, None))):  # known once its sampling begins
+            yield f"control {place}"
+        control, place = control.previous_controlnet, place + 1
+    hooks = entry.get("hooks")
+    if hooks is not None:
+        # As ComfyUI does before a pass, which does nothing the second time at a level: hooks go on in steps that are
+        # left out, too.
+        model.current_patcher.prepare_hook_patches_current_keyframe(timestep, hooks, options)
+        yield from (f"hook {hook.hook_keyframe.strength}" for hook in hooks.hooks)

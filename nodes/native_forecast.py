@@ -20,7 +20,7 @@ from ..pipelines.forecast.forecasts import Forecasts
 from ..pipelines.forecast.level import Level
 from ..pipelines.forecast.settings import ForecastSettings
 from .cache_log import CacheLog
-from .native_caches import FORECAST, asked_of, put_in
+from .native_caches import CHANGED, FORECAST, asked_of, put_in
 from .sampling import step_of, window_of
 
 logger = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class _Cached:
 
     def _forget(self) -> None:
         self._finished = False  # its last step has begun
+        self._asked: dict[int, set[str]] = {}  # of each place in the conditions
         self._names: set[str] = set()  # of context windows
         self._moved = False  # some came that the first step had not
         self._windows: dict[str, _Window] = {}
@@ -118,6 +119,8 @@ class _Cached:
             fix = f"{best} tolerance, or make more steps"
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
+            elif any(2 * len(asked) > count for asked in self._asked.values()):
+                fix = CHANGED
             self._log.tell(logging.WARNING, f"all {count} {unit} were computed; {fix}.")
         self._forget()
 
@@ -164,7 +167,11 @@ class _Cached:
             self._sigma, self._level = sigma, self._level + 1
         self._steps.add(number)
         self._finished |= number == count - 1
-        asked = {place: asked_of(model, cond, sigma, inner) for place, cond in enumerate(conds) if cond is not None}
+        asked = {
+            place: asked_of(model, cond, timestep, options) for place, cond in enumerate(conds) if cond is not None
+        }
+        for place, what in asked.items():
+            self._asked.setdefault(place, set()).add(what)
         times = {place: window.times(what) for place, what in asked.items()}
         branches = {
             place: StepInfo(0, window.level, None, None, f"{what}, {times[place]}") for place, what in asked.items()

@@ -16,7 +16,7 @@ from ..pipelines.guidance_cache.differences import Differences
 from ..pipelines.guidance_cache.settings import GuidanceCache
 from .cache_log import CacheLog
 from .geometry import diffusion_model_of
-from .native_caches import GUIDANCE, asked_of, put_in
+from .native_caches import CHANGED, GUIDANCE, asked_of, put_in
 from .sampling import step_of, window_of
 from .wording import InputError
 
@@ -76,6 +76,7 @@ class _Cached:
     def _forget(self) -> None:
         self._kept: dict[_Place, Differences] = {}
         self._seen: set[_Place] = set()  # in the step that runs
+        self._asked: set[tuple[str, ...]] = set()
         self._step = -1
         self._finished = False  # its last step has begun
         self._moved = False  # context windows came and went
@@ -90,6 +91,8 @@ class _Cached:
             fix = "make more steps, or lower first_percent"
             if self._moved:
                 fix = "context windows moved from step to step, which leaves no difference to go on: take a static one"
+            elif 2 * len(self._asked) > max(2, self._made):
+                fix = CHANGED
             self._log.tell(logging.WARNING, f"all {self._made} passes of the negative prompt were made: {fix}.")
         self._forget()
 
@@ -123,8 +126,9 @@ class _Cached:
         if len(conds) != 2 or any(cond is None for cond in conds):
             return executor(model, conds, x, timestep, options, *more)
         step = StepInfo(0, number, count)
-        place = _Place(window_of(inner), tuple(asked_of(model, cond, sigma, inner) for cond in conds))
+        place = _Place(window_of(inner), tuple(asked_of(model, cond, timestep, options) for cond in conds))
         self._seen.add(place)
+        self._asked.add(place.asked)
         differences = self._kept.setdefault(place, Differences(self._settings))
         if sigma <= 0 or differences.wanted(step, [x.shape]):
             out = executor(model, conds, x, timestep, options, *more)
