@@ -167,9 +167,8 @@ class _Cached:
             self._sigma, self._level = sigma, self._level + 1
         self._steps.add(number)
         self._finished |= number == count - 1
-        asked = {
-            place: asked_of(model, cond, timestep, options) for place, cond in enumerate(conds) if cond is not None
-        }
+        given = {place: cond for place, cond in enumerate(conds) if cond is not None}
+        asked = {place: asked_of(model, cond, timestep, options) for place, cond in given.items()}
         for place, what in asked.items():
             self._asked.setdefault(place, set()).add(what)
         times = {place: window.times(what) for place, what in asked.items()}
