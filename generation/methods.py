@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 DENSE = "dense"
 DEFAULT_COMPARED = ("tangent", "svg2", "radial")
-_SET_BY_DENSITY = {
+SET_BY_DENSITY = {
     "radial": ("decay", "rule"),
     "svg2": ("top_p", "min_ratio"),
     "sparge": ("topk", "cdf"),
@@ -172,7 +172,7 @@ def build_method(
 
 def _kept(base: Method, overrides: Mapping[str, Any], density: float | None) -> dict[str, Any]:
     """What a config has other than its method by default, but those that a setting which is asked for is instead of."""
-    of_density = _SET_BY_DENSITY.get(base.name, ())
+    of_density = SET_BY_DENSITY.get(base.name, ())
     gone: set[str] = set()
     if density is not None or "density" in overrides:
         gone = {"density", *of_density}
@@ -192,7 +192,7 @@ def check_settings(name: str, settings: Mapping[str, Any], density: float | None
         if field not in known:
             problem = f"{name} has no such setting{nearest(field, known)}"
             raise BadInput("settings", problem, value=f"{name}.{field}")
-        if density is not None and field in ("density", *_SET_BY_DENSITY.get(name, ())):
+        if density is not None and field in ("density", *SET_BY_DENSITY.get(name, ())):
             problem = f"{mention('density')} {density:g} decides it"
             raise BadInput("settings", problem, "Give one of the two.", value=f"{name}.{field}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from ..attention import RunReport
 from .news import CACHED, NEVER, News, nothing
@@ -41,3 +42,22 @@ class CacheLog:
         heading = CACHED if None not in (queued, self._queued) and queued != self._queued else ""
         notes = tuple(f"{self.title}: {text}" for text in self._told or [self._otherwise])
         return News(RunReport("", {}, (), notes), heading)
+
+
+class CachesReport:
+    """The report of a MODEL without sparse attention.
+
+    Args:
+        text: what it has.
+        logs: of its caches.
+    """
+
+    def __init__(self, text: str, logs: Sequence[CacheLog]) -> None:
+        self._text, self._logs = text, logs
+
+    def news(self, queued: str | None = None) -> News:
+        """What the report node shows in an entry of the queue; None where nobody says which it is."""
+        told = [log.news(queued) for log in self._logs]
+        headings = dict.fromkeys(filter(None, [self._text, *(news.heading for news in told)]))
+        notes = tuple(note for news in told for note in news.report.notes)
+        return News(RunReport("", {}, (), notes), " ".join(headings))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..attention import Method, VideoLayout
+from ..attention import DenseSchedule, Method, VideoLayout
 from ..attention.backends import refusal
 from .announced import announce
 from .geometry import diffusion_model_of
@@ -28,6 +28,7 @@ def sparsify(
     dense_start_percent: float = 0.0,
     dense_end_percent: float = 0.0,
     dense_layers: str = "",
+    dense_steps: DenseSchedule | None = None,
     min_tokens: int = 0,
     by_length: str = "",
     backend: str = "auto",
@@ -46,6 +47,7 @@ def sparsify(
         stand_ins: what stands for skipped keys, see `check_stand_ins`.
         dense_start_percent, dense_end_percent: shares of the sampling that stay dense, see `DensePart`.
         dense_layers: layers that stay dense, such as "0, 1, 36-39".
+        dense_steps: what counts instead of these shares where a sampler does the whole sampling, see `DensePart`.
         min_tokens, by_length: videos with fewer tokens stay dense, see `NativeAttention`.
         backend: a backend's name, which then runs or raises, or "auto".
         measure_error: queries of each sparse call whose true error is measured, see `SparseAttention`.
@@ -72,9 +74,10 @@ def sparsify(
     check_precision(backend, model.load_device, precision)
     geometry = find_geometry(diffusion_model)
     layers = parse_layers(dense_layers, None if geometry is None else geometry.layers(diffusion_model))
-    common = {
-        "dense_start_percent": dense_start_percent,
-        "dense_end_percent": dense_end_percent,
+    shares: dict[str, float] = {"dense_start_percent": dense_start_percent, "dense_end_percent": dense_end_percent}
+    if dense_steps is not None:
+        shares = {"first_steps": dense_steps.first_steps, "last_steps": dense_steps.last_steps}
+    common = shares | {
         "dense_layers": dense_layers,
         "min_tokens": min_tokens,
         "backend": backend,
@@ -85,7 +88,7 @@ def sparsify(
         method_for,
         name=name,
         settings=settings | common,
-        dense=DensePart(dense_start_percent, dense_end_percent, layers),
+        dense=DensePart(dense_start_percent, dense_end_percent, layers, dense_steps),
         min_tokens=min_tokens,
         by_length=by_length,
         backend=backend,

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from .adapter_files import State
+from .cache_log import CacheLog, CachesReport
 from .geometry import diffusion_model_of
-from .native_forecast import cache_steps
+from .native_forecast import cache_steps, forecast_log
 from .native_guidance import guide
-from .native_guidance_cache import cache_guidance
+from .native_guidance_cache import cache_guidance, guidance_log
 from .native_models import find_geometry
-from .news import GenerationReport, nothing
 from .patch import sparsify
 from .pipeline_nodes import CATEGORY, Pipeline
 from .pipelines import require_packages
@@ -183,14 +183,17 @@ def apply_native(
     if part.adapter is not None:
         require_packages(f"preset {preset.name} has an adapter for guidance in one pass, which needs")
         made = guide(made, part.adapter, part.guidance)
+    logs: tuple[CacheLog, ...] = ()
     if part.forecast is not None:
-        made = cache_steps(made, part.forecast)
-    if part.guidance_cache is not None:
-        made = cache_guidance(made, part.guidance_cache)
+        logs = (forecast_log(),)
+        made = cache_steps(made, part.forecast, *logs)
+    elif part.guidance_cache is not None:
+        logs = (guidance_log(),)
+        made = cache_guidance(made, part.guidance_cache, *logs)
     method = part.method
     if method is None:
         left = f" Not taken from it: {'; '.join(part.left)}." if part.left else ""
-        return made, GenerationReport(nothing(f"{_without_method(preset.name, part)}{left}"))
+        return made, CachesReport(f"{_without_method(preset.name, part)}{left}", logs)
     made, session = sparsify(
         made,
         lambda layout: method,
@@ -200,12 +203,14 @@ def apply_native(
         dense_start_percent=part.dense_start_percent,
         dense_end_percent=part.dense_end_percent,
         dense_layers=part.dense_layers,
+        dense_steps=part.dense_steps,
         min_tokens=min_tokens,
         by_length=method.name,
         measure_error=measure_error,
         backend=preset.backend,
         precision=preset.precision or PRECISIONS[0],
     )
+    session.beside = logs
     return made, session
 
 
@@ -213,8 +218,8 @@ def _without_method(name: str, part: NativePart) -> str:
     """What a MODEL got of a preset without a method, for the report."""
     has = {
         "Guidance takes one pass.": part.adapter is not None,
-        "Steps are left out where they can be told ahead; the log says how many.": part.forecast is not None,
-        "Passes of the negative prompt are left out; the log says how many.": part.guidance_cache is not None,
+        "Steps are left out where they can be told ahead.": part.forecast is not None,
+        "Passes of the negative prompt are left out.": part.guidance_cache is not None,
     }
     told = [text for text, there in has.items() if there]
     return f"{' '.join(told)} The preset {name} has no method that a MODEL can take, so attention is dense."

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..generation.methods import SET_BY_DENSITY
 from ..generation.presets import request_preset
 from .adapter_files import State, state_of
 from .pipelines import VideoPipeline, require_packages
@@ -149,6 +150,7 @@ class NativePart:
         method: None for dense.
         dense_start_percent, dense_end_percent: of `DensePart`.
         dense_layers: in words of the nodes.
+        dense_steps: of the preset, for a sampler that does the whole sampling.
         adapter: guidance-free; None for none.
         guidance: of the adapter.
         forecast, guidance_cache: caches that a MODEL can have; None for none.
@@ -159,6 +161,7 @@ class NativePart:
     dense_start_percent: float = 0.0
     dense_end_percent: float = 0.0
     dense_layers: str = ""
+    dense_steps: DenseSchedule | None = None
     adapter: Path | None = None
     guidance: float = 1.0
     forecast: ForecastSettings | None = None
@@ -195,7 +198,9 @@ def native_part(preset: Preset, geometry: Geometry, model: Any) -> NativePart:
             f"preset {preset.name} has no method, no adapter for guidance and no cache that a MODEL can take, and a "
             f"MODEL gets nothing else of a preset: {'; '.join(told) or 'it is empty'}."
         )
-    shares: dict[str, Any] = _shares(preset) if method is not None else {}
+    shares: dict[str, Any] = {}
+    if method is not None:
+        shares = _shares(preset) | {"dense_steps": replace(method.schedule, first_layers=0, last_layers=0)}
     adapter = Path(adapters[0]) if adapters else None
     scale = 1.0 if preset.guidance_scale is None else preset.guidance_scale
     dense = "" if method is None else _dense_layers(method.schedule, geometry, model)
@@ -255,7 +260,7 @@ def _values(preset: Preset) -> dict[str, str]:
 
 
 def _shares(preset: Preset) -> dict[str, float]:
-    """Dense steps as shares of the sampling."""
+    """Dense steps as shares of the sampling, for samplers that do a part of it."""
     schedule = preset.method.schedule
     if schedule.needs_sigma:
         raise InputError(
@@ -286,9 +291,16 @@ def _dense_layers(schedule: DenseSchedule, geometry: Geometry, model: Any) -> st
 
 
 def native_settings(preset: Preset, part: NativePart) -> dict[str, Any]:
-    """The settings of the method, for the report, and what was not taken from the preset."""
-    from dataclasses import fields
-
+    """What a MODEL got of a preset, for the report: caches, and the settings of the method that count; and what it did
+    not get."""
     left = {"not taken": "; ".join(part.left)} if part.left else {}
-    own = {f.name: getattr(part.method, f.name) for f in fields(part.method) if f.name != "schedule"}
-    return {"preset": preset.name} | left | own
+    caches = {}
+    if part.forecast is not None:
+        caches["cache"] = f"{preset.cache.name}={preset.cache.limit:g}"
+    if part.guidance_cache is not None:
+        caches["guidance_cache"] = part.guidance_cache.in_words()
+    others = {"schedule"}  # what stays dense is told beside these
+    if getattr(part.method, "density", None) is not None:
+        others.update(SET_BY_DENSITY.get(part.method.name, ()))
+    own = {f.name: getattr(part.method, f.name) for f in fields(part.method) if f.name not in others}
+    return {"preset": preset.name} | left | caches | own

@@ -12,6 +12,7 @@ from .schema import accepted
 from .tables import report_image, report_text
 
 if TYPE_CHECKING:
+    from .cache_log import CacheLog, CachesReport
     from .native import NativeAttention
     from .news import GenerationReport
 
@@ -56,7 +57,9 @@ class VidaccelReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, after: Any, report: NativeAttention | GenerationReport | None = None) -> io.NodeOutput:
+    def execute(
+        cls, after: Any, report: NativeAttention | GenerationReport | CacheLog | CachesReport | None = None
+    ) -> io.NodeOutput:
         news = nothing(BYPASSED) if report is None else report.news(queue_entry())
         image = report_image(news.report)
         return io.NodeOutput(report_text(news), image, after, ui=ui.PreviewImage(image, cls=cls))

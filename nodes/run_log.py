@@ -9,6 +9,7 @@ from typing import Any
 from ..attention import CallRecord, RunReport, SparseAttention, VideoLayout
 from ..attention.records import KEPT_RUNS
 from ..attention.timing import Span
+from .cache_log import CacheLog
 from .calls import ForwardPass
 from .news import CACHED, NEVER, News, nothing
 
@@ -26,6 +27,8 @@ class RunLog:
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
         self.name, self.settings = name, settings
+        self.beside: tuple[CacheLog, ...] = ()
+        """Of the caches that were put into the MODEL with it, whose notes the report has, too."""
         self._engines: dict[VideoLayout, SparseAttention] = {}  # the one used last is the last
         self._used: dict[VideoLayout, int] = {}  # -> the last run that used its engine
         self._dense_calls: list[tuple[list[CallRecord], Span]] = []
@@ -98,6 +101,7 @@ class RunLog:
             for layout, engine in self._engines.items():  # the one used last is the last
                 true_of |= dict.fromkeys(engine.notes, self._used[layout])
         notes = tuple(note for note in report.notes if true_of.get(note, -1) >= first)
+        notes += tuple(note for log in self.beside for note in log.news(queued).report.notes)
         return News(replace(report, records=records, notes=notes), heading)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:

@@ -8,10 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..attention import DenseSchedule, StepInfo
 from .wording import check_shares
 
 # Noise levels of one step that were computed on different ways differ in the last digits: 0.88888890 and 0.88888889.
 SIGMA_TOLERANCE = 1e-5
+# Schedulers take levels out of a table of 1000: that of a third of the sampling is the one of 333 thousandths. So much
+# of the sampling may a step begin before the share that it stands for.
+TABLE_STEP = 1e-3
+_BY_STEPS = {"first steps": "first_steps", "last steps": "last_steps"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class DensePart:
     """The part of the sampling, and the layers, that stay dense.
 
     Percentages are ComfyUI's: of the whole schedule of noise levels, which two samplers that follow one another (the
-    two models of Wan 2.2) share. With the usual schedulers they are shares of the steps.
+    two models of Wan 2.2) share. With the scheduler simple they are shares of the steps, with sgm_uniform and
+    ddim_uniform but for one step; with beta, linear_quadratic and kl_optimal, whose steps differ in size, they are not.
 
     It is no `DenseSchedule`, for three reasons. That one counts the steps of the sampler at work, which knows nothing
     of the sampler before it; its noise levels lie between 0 and 1, and ComfyUI's reach 80 (Cosmos) and, for 0 percent,
@@ -29,6 +35,8 @@ class DensePart:
         start: share of the sampling that stays dense at its start, in [0, 1].
         end: share that stays dense at its end, in [0, 1].
         layers: transformer blocks, counted from 0.
+        steps: steps of a sampler that does the whole sampling, which stay dense in the place of the shares; None where
+            the shares are all there is. The shares are those of other samplers then.
 
     Raises:
         ValueError: a share out of bounds, or shares that leave nothing.
@@ -37,12 +45,13 @@ class DensePart:
     start: float = 0.0
     end: float = 0.0
     layers: frozenset[int] = frozenset()
+    steps: DenseSchedule | None = None
 
     def __post_init__(self) -> None:
         check_shares(self.start, self.end, "To sample densely, take the model from before this node.")
 
     def step_reason(self, sigma: float, percent_to_sigma: Callable[[float], Any], levels: Sequence[float] = ()) -> str:
-        """Why a step stays dense, as the input that says so; empty when it may be sparse.
+        """Why a step stays dense, as the input or the field of the schedule that says so; empty when it may be sparse.
 
         A step that begins within the share at the start is dense as a whole. Where that would keep half of a short
         sampling dense or more though less was asked for (0.3 of 4 steps), only steps that end within it are, as with
@@ -53,8 +62,11 @@ class DensePart:
             percent_to_sigma: of the model's `model_sampling`.
             levels: the sampler's noise levels, falling, the last one being where it ends; none where it does not say.
         """
+        whole = _whole(levels, percent_to_sigma)
+        if whole and self.steps is not None:
+            return _BY_STEPS.get(self.steps.step_reason(StepInfo(0, *step_of(sigma, list(levels)))), "")
         reason = self._begins_within(sigma, percent_to_sigma)
-        if reason != "dense_start_percent" or self.start + self.end >= 0.5 or not _whole(levels, percent_to_sigma):
+        if reason != self._names[0] or self.start + self.end >= 0.5 or not whole:
             return reason
         dense = sum(bool(self._begins_within(level, percent_to_sigma)) for level in levels[:-1])
         if 2 * dense < len(levels) - 1:
@@ -65,11 +77,17 @@ class DensePart:
 
     def _begins_within(self, sigma: float, percent_to_sigma: Callable[[float], Any]) -> str:
         slack = SIGMA_TOLERANCE * max(1.0, abs(sigma))
-        if self.start > 0 and sigma > float(percent_to_sigma(self.start)) + slack:
-            return "dense_start_percent"
-        if self.end > 0 and sigma <= float(percent_to_sigma(1 - self.end)) + slack:
-            return "dense_end_percent"
+        start = max(self.start - TABLE_STEP, self.start / 2)  # the smallest one keeps the first step
+        if self.start > 0 and sigma > float(percent_to_sigma(start)) + slack:
+            return self._names[0]
+        if self.end > 0 and sigma <= float(percent_to_sigma(1 - self.end - TABLE_STEP)) + slack:
+            return self._names[1]
         return ""
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        """Who keeps steps at the start and at the end dense."""
+        return ("dense_start_percent", "dense_end_percent") if self.steps is None else ("first_steps", "last_steps")
 
     def layer_reason(self, layer: int) -> str:
         """Why a layer stays dense, empty when it may be sparse."""

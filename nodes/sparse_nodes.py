@@ -51,7 +51,8 @@ def share_inputs(own: Defaults) -> list[io.Input]:
             max=1.0,
             step=STEP,
             tooltip="Share of the sampling that stays dense at its start, where composition and motion are decided. "
-            "Two samplers that follow one another (Wan 2.2) share one scale, as start and end percent of other nodes. "
+            "Two samplers that follow one another (Wan 2.2) share one scale, as start and end percent of other nodes: "
+            "of noise levels. They are shares of the steps with the scheduler simple, not with beta or kl_optimal. "
             "With 4 to 8 steps (distilled models, Lightning LoRAs), 0.25 keeps one or two of them dense.",
         ),
         io.Float.Input(

@@ -35,6 +35,8 @@ def report_text(news: News) -> str:
 
 
 def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:g}"
     return ("off", "on")[value] if isinstance(value, bool) else value
 
 

@@ -6,10 +6,11 @@ Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import pytest
 from gft_adapters import write_native
-from native_comfyui import models, sample, tiny
+from native_comfyui import comfy, models, sample, tiny
 
 from vidaccel import SLA, SVG2, VSA, DenseSchedule, GuidanceCache, Preset, Radial
 from vidaccel.nodes import pipelines
@@ -45,6 +46,19 @@ def test_the_method_and_what_stays_dense():
     assert report.config["preset"] == "a" and report.config["density"] == 0.5
     assert "not taken num_inference_steps 4: the sampler's steps" in report_text(session.news())
     assert sample(model, description).equal(unpatched)
+
+
+@pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform", "beta", "kl_optimal"])
+def test_as_many_steps_stay_dense_as_the_preset_says(scheduler):
+    description, model, _ = tiny("wan_t2v")
+    schedule = DenseSchedule(first_steps=0.2, last_steps=1)
+    preset = Preset(name="a", method=replace(SPARSE, schedule=schedule), num_inference_steps=30)
+    clone, session = apply_native(model, preset, skip_others=True)
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, 30)
+    sample(clone, description, steps=30, sigmas=sigmas)
+    dense = {record.step: record.reason for record in session.report().records if record.reason}
+    assert dense == dict.fromkeys(range(6), "first_steps") | {29: "last_steps"}
+    assert "first_steps 0.2, last_steps 1" in report_text(session.news())
 
 
 def test_guidance_in_one_pass_and_what_is_left_to_other_nodes(tmp_path, caplog):
@@ -102,7 +116,13 @@ def test_the_caches_of_this_package(method):
         clone, report = apply_native(model, Preset(name="a", method=method, **lever, **steps), skip_others=True)
         assert sample(clone, description, steps=8).equal(sample(by_hand, description, steps=8))
         assert not sample(clone, description, steps=8).equal(sample(beside(model), description, steps=8))
-        assert method is not None or "left out" in report_text(report.news())
+        text = report_text(report.news())
+        told, setting = {
+            "cache": ("Forecast Cache: 4 of 8 steps were left out", "cache forecast=1e+06"),
+            "guidance_cache": ("Guidance Cache: 5 of 8 passes of the neg", "guidance_cache one second pass in 2"),
+        }[next(iter(lever))]
+        assert f"Note: {told}" in text and (setting in text) == (method is not None)
+        assert "top_p" not in text and "min_ratio" not in text  # which the density is instead of
     with pytest.raises(InputError, match="can have one of the two"):
         apply_native(model, Preset(name="a", cache=cache, guidance_cache=every), skip_others=True)
 

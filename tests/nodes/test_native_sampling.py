@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from vidaccel import DenseSchedule
+from vidaccel.attention import StepInfo
 from vidaccel.nodes.sampling import DensePart, branches_of, parse_layers, step_of
 
 
@@ -63,6 +65,36 @@ def test_the_last_digits_of_a_sigma_lose_no_step():
         assert DensePart(end=0.7).step_reason(computed, shifted) == "dense_end_percent"
     levels = [1.0, 0.88888890, 0.5, 0.0]
     assert step_of(0.88888889, levels) == (1, 3)
+
+
+@pytest.mark.parametrize("steps", [6, 7, 9, 12, 20, 28, 30, 35])
+def test_levels_out_of_a_table_count_as_the_shares_that_they_stand_for(steps):
+    """ComfyUI's `simple` takes every so many of a thousand, a little above what the share of a step would be."""
+    levels = [shifted(step * 1000 // steps / 1000) for step in range(steps + 1)]
+    for kept in range(1, (steps - 1) // 2):
+        for dense, wanted in (
+            (DensePart(start=kept / steps), range(kept)),
+            (DensePart(end=kept / steps), range(steps - kept, steps)),
+        ):
+            assert [i for i in range(steps) if dense.step_reason(levels[i], shifted)] == [*wanted]
+            assert [i for i in range(steps) if dense.step_reason(levels[i], shifted, levels)] == [*wanted]
+    assert DensePart(start=1e-3).step_reason(levels[0], shifted) == "dense_start_percent"
+
+
+@pytest.mark.parametrize("even", [1.0, 0.3, 3.0])
+@pytest.mark.parametrize(
+    "schedule", [DenseSchedule(first_steps=5, last_steps=1), DenseSchedule(first_steps=0.2), DenseSchedule()]
+)
+def test_steps_of_a_preset_count_where_a_sampler_does_the_whole_sampling(schedule, even):
+    """Whatever the scheduler: its steps may be fine at the start, or at the end."""
+    levels = [shifted((step / 30) ** even) for step in range(31)]
+    dense = DensePart(0.2, 1 / 30, steps=schedule)
+    reasons = [dense.step_reason(level, shifted, levels) for level in levels[:-1]]
+    assert [bool(reason) for reason in reasons] == [bool(schedule.step_reason(StepInfo(0, i, 30))) for i in range(30)]
+    assert set(reasons) <= {"", "first_steps", "last_steps"}
+    half = levels[:16]
+    assert dense.step_reason(half[0], shifted, half) == "first_steps"  # by the share
+    assert dense.step_reason(levels[-2], shifted, levels[15:]) == ("last_steps" if even <= 1 else "")
 
 
 def test_nothing_dense_is_nothing_dense():

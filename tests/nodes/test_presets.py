@@ -132,6 +132,7 @@ def test_what_a_native_model_gets():
     )
     part = native(preset)
     assert (part.dense_start_percent, part.dense_end_percent, part.dense_layers) == (0.1, 0.1, "0, 28, 29")
+    assert part.dense_steps == DenseSchedule(first_steps=2, last_steps=0.1)  # where a sampler does all of them
     assert part.adapter == Path("gft.safetensors") and part.guidance == 4.0
     assert part.left == (
         "cache first_block=1000: Forecast Cache, EasyCache or another node for caches",

@@ -22,7 +22,7 @@ except (ImportError, RuntimeError) as error:  # a torchvision that does not fit 
 from vidaccel.nodes.patch import sparsify
 
 __all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "missing", "models"]
-__all__ += ["ANCHORED", "conditioning", "nodes", "patched", "sample", "tiny", "windowed", "with_override"]
+__all__ += ["ANCHORED", "comfy", "conditioning", "nodes", "patched", "sample", "tiny", "windowed", "with_override"]
 
 management = comfy.model_management
 # Whether context windows but the first have the video's first frame in front, as in newer versions of ComfyUI.
