@@ -97,9 +97,9 @@ class RunLog:
         report = self.report()
         records = tuple(record for record in report.records if record.run >= first)
         true_of = {**self._told, **self._notes, DROPPED: self._run - KEPT_RUNS}
-        if any(not record.reason for record in records):  # an engine's notes are on its sparse calls
-            for layout, engine in self._engines.items():  # the one used last is the last
-                true_of |= dict.fromkeys(engine.notes, self._used[layout])
+        for engine in self._engines.values():
+            for note, run in engine.noted.items():
+                true_of[note] = max(run, true_of.get(note, run))
         notes = tuple(note for note in report.notes if true_of.get(note, -1) >= first)
         notes += tuple(note for log in self.beside for note in log.news(queued).report.notes)
         return News(replace(report, records=records, notes=notes), heading)

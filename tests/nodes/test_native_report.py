@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from native_calls import BATCHED, RECORDED, WAN, Executor, Recorded, model_of, run, session_of, step
 
-from vidaccel import Tangent
+from vidaccel import SVG2, Tangent
 from vidaccel.nodes.native import NativeAttention
 from vidaccel.nodes.news import CACHED, NEVER
 from vidaccel.nodes.sampling import DensePart
@@ -95,6 +95,18 @@ def test_notes_on_a_video_of_another_size_are_not_shown():
         sampled(session, str(entry), recorded=recorded)
         shown.append([note for note in session.news(str(entry)).report.notes if "without the probe" in note])
     assert shown[0] == shown[2] and shown[0] != shown[1] and [len(notes) for notes in shown] == [1, 1, 1]
+
+
+def test_notes_of_a_backend_that_this_sampling_did_not_need_are_not_shown():
+    """What `masked` is chosen for depends on the queries: on those of the first seed, for plans of both kinds."""
+    session, fresh = (session_of(SVG2(density=0.5)) for _ in range(2))
+    shown = []
+    for log, queued, seed in ((session, "first", 0), (session, "second", 2), (fresh, "only", 2)):
+        log.begin(queued)
+        step(log, Executor(RECORDED["wan"], seeds=(seed,)))
+        log.end()
+        shown.append(log.news(queued).report.notes)
+    assert shown[1] == shown[2] != shown[0] and set(shown[1]) < set(shown[0])
 
 
 def test_records_do_not_pile_up():
