@@ -124,15 +124,19 @@ def parse_layers(text: str, count: int | None = None) -> frozenset[int]:
 def step_of(sigma: float, levels: list[float]) -> tuple[int, int]:
     """The step that a noise level belongs to, and how many there are.
 
-    A sampler that evaluates the model between two levels is still in the step that began at the higher one.
+    A sampler that evaluates the model between two levels is still in the step that began at the first of both.
 
     Args:
         sigma: noise level of the forward pass.
-        levels: the sampler's noise levels (`sample_sigmas`), falling, the last one being where it ends.
+        levels: the sampler's noise levels (`sample_sigmas`), the last one being where it ends: falling, or rising where
+            a video is turned into noise (FlipSigmas).
     """
     steps = max(1, len(levels) - 1)
     slack = SIGMA_TOLERANCE * max(1.0, abs(sigma))
-    begun = sum(level >= sigma - slack for level in levels[:steps])
+    if levels[0] < levels[-1]:
+        begun = sum(level <= sigma + slack for level in levels[:steps])
+    else:
+        begun = sum(level >= sigma - slack for level in levels[:steps])
     return max(0, begun - 1), steps
 
 

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native_comfyui import layouts, management, models, patched, sample, tiny
+from native_comfyui import comfy, layouts, management, models, patched, sample, tiny
 
-from vidaccel import SVG2, Radial, VideoLayout
+from vidaccel import SVG2, GuidanceCache, Radial, VideoLayout
 from vidaccel.nodes.native import KEY
+from vidaccel.nodes.native_forecast import cache_steps
+from vidaccel.nodes.native_guidance_cache import cache_guidance, guidance_log
+from vidaccel.nodes.tables import report_text
+from vidaccel.pipelines.forecast.settings import ForecastSettings
 
 
 @pytest.mark.parametrize("name", models("wan_t2v", "hunyuan", "mochi", "ltxv", "cosmos_predict2"))
@@ -79,6 +83,19 @@ def test_two_samplers_share_the_scale_of_percentages():
     sample(low, description, start_step=2, disable_noise=True)
     assert [d == 1 for d in first.report().density_by_step().values()] == [True, False]
     assert [d == 1 for d in second.report().density_by_step().values()] == [False, False]
+
+
+def test_from_a_video_to_noise():
+    """FlipSigmas: steps are counted in the order in which they are, so that the caches keep the first ones."""
+    description, model, _ = tiny("wan_t2v")
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, "simple", 8).flip(0)
+    sigmas[0] = 1e-4  # as the node has it
+    clone, session = patched(cache_steps(model, ForecastSettings(1e6, most=0, last_steps=2)), dense_start_percent=0.0)
+    sample(clone, description, steps=8, sigmas=sigmas)
+    assert {record.step for record in session.report().records} == {0, 1, 2, 6, 7}
+    guided = cache_guidance(model, GuidanceCache(3, first_steps=2), log := guidance_log())
+    sample(guided, description, steps=8, sigmas=sigmas)
+    assert "4 of 8 passes of the negative prompt were made" in report_text(log.news())
 
 
 @pytest.mark.parametrize("sampler", ["heun", "res_multistep", "dpmpp_2s_ancestral"])

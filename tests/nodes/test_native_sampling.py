@@ -114,6 +114,8 @@ def test_steps_between_two_levels_belong_to_the_first():
     levels = [1.0, 0.6, 0.3, 0.0]
     assert [step_of(sigma, levels)[0] for sigma in (1.2, 1.0, 0.8, 0.6, 0.4, 0.3, 0.1)] == [0, 0, 0, 1, 1, 2, 2]
     assert step_of(0.5, [0.5]) == (0, 1)
+    rising = [1e-4, 0.3, 0.6, 1.0]  # from a video to noise
+    assert [step_of(sigma, rising)[0] for sigma in (0.0, 1e-4, 0.2, 0.3, 0.5, 0.6, 0.9)] == [0, 0, 0, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize(
