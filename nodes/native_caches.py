@@ -27,6 +27,9 @@ class NativeCache(Protocol):
     def begin(self, queued: str | None = None) -> None:
         """A sampler starts, for an entry of ComfyUI's queue; None where nobody says which."""
 
+    def finish(self) -> None:
+        """A sampler has done all of its steps, and was not interrupted."""
+
     def end(self) -> None:
         """A sampler ends, also by an interruption."""
 
@@ -72,8 +75,15 @@ def put_in(model: Any, key: str, cache: NativeCache) -> Any:
         _check_alone(key, options.get("transformer_options"))
         return cache.conditions(executor, model, conds, x, timestep, options, *more)
 
+    # Samplers may have no evaluation in their last step, so an interruption is not told by the steps.
+    def sampler_wrapper(executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        cache.finish()
+        return out
+
     clone = model.clone()
     clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, wrapper)
+    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, key, sampler_wrapper)
     clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, key, lambda patcher: cache.begin(queue_entry()))
     clone.add_callback_with_key(CallbacksMP.ON_CLEANUP, key, lambda patcher: cache.end())
     return clone

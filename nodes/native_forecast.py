@@ -82,7 +82,7 @@ class _Cached:
         self._forget()
 
     def _forget(self) -> None:
-        self._finished = False  # its last step has begun
+        self._finished = False
         self._asked: dict[int, set[str]] = {}  # of each place in the conditions
         self._names: set[str] = set()  # of context windows
         self._moved = False  # some came that the first step had not
@@ -100,6 +100,10 @@ class _Cached:
         self._computed: set[tuple[int, int]] = set()
         self._errors: list[float] = []
         self._refused: list[float] = []
+
+    def finish(self) -> None:
+        """A sampler has done all of its steps, and was not interrupted."""
+        self._finished = True
 
     def end(self) -> None:
         """A sampler ends, also by an interruption."""
@@ -166,7 +170,6 @@ class _Cached:
         if sigma != self._sigma:
             self._sigma, self._level = sigma, self._level + 1
         self._steps.add(number)
-        self._finished |= number == count - 1
         given = {place: cond for place, cond in enumerate(conds) if cond is not None}
         asked = {place: asked_of(model, cond, timestep, options) for place, cond in given.items()}
         for place, what in asked.items():

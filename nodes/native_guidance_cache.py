@@ -78,9 +78,13 @@ class _Cached:
         self._seen: set[_Place] = set()  # in the step that runs
         self._asked: set[tuple[str, ...]] = set()
         self._step = -1
-        self._finished = False  # its last step has begun
+        self._finished = False
         self._moved = False  # context windows came and went
         self._made = self._extrapolated = 0
+
+    def finish(self) -> None:
+        """A sampler has done all of its steps, and was not interrupted."""
+        self._finished = True
 
     def end(self) -> None:
         """A sampler ends, also by an interruption."""
@@ -96,9 +100,8 @@ class _Cached:
             self._log.tell(logging.WARNING, f"all {self._made} passes of the negative prompt were made: {fix}.")
         self._forget()
 
-    def _enter(self, number: int, count: int) -> None:
+    def _enter(self, number: int) -> None:
         """A pass of a step begins."""
-        self._finished |= number == count - 1
         if number != self._step:
             windows = {place.window for place in self._seen}
             self._moved |= any(place.window and place.window not in windows for place in self._kept)
@@ -122,7 +125,7 @@ class _Cached:
             return executor(model, conds, x, timestep, options, *more)
         sigma = float(timestep.flatten()[0])
         number, count = step_of(sigma, levels.tolist())
-        self._enter(number, count)
+        self._enter(number)
         if len(conds) != 2 or any(cond is None for cond in conds):
             return executor(model, conds, x, timestep, options, *more)
         step = StepInfo(0, number, count)

@@ -113,6 +113,13 @@ def test_an_image_of_a_video_model_stays_dense(caplog):
     assert "a latent of 2x16x14x18 is no video" in note and out.shape == (1, 16, 14, 18)
 
 
+def test_an_image_of_one_latent_frame_is_a_video():
+    description, model, _ = tiny("wan_t2v")
+    clone, session = patched(model)
+    sample(clone, description, latent=(1, 24, 24))
+    assert session.report().density_by_step()[3] < 0.7
+
+
 @pytest.mark.parametrize("name", models("ltxav", "wan_t2v", "kandinsky5"))
 def test_a_text_as_long_as_the_video(name, caplog):
     description, model, _ = tiny(name)

@@ -92,6 +92,12 @@ def test_nothing_within_the_tolerance_is_told_with_what_would_be(caplog):
     assert sample(cache_steps(model, ANYTHING), description).equal(unpatched)  # 4 steps: three, and the last one
 
 
+def test_a_sampler_that_does_not_evaluate_in_its_last_step_gets_the_reason(caplog):
+    description, model, _ = tiny("wan_t2v")
+    sample(cache_steps(model, ForecastSettings(1e-9)), description, steps=STEPS, sampler="dpm_fast")
+    assert "were computed; the best forecast is estimated to be off by" in caplog.text
+
+
 @pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform"])
 def test_windows_that_move_are_told(schedule, caplog):
     description, model, _ = tiny("wan_t2v")

@@ -182,6 +182,7 @@ def test_windows_that_all_move_are_told(caplog):
                 lambda *args: [torch.zeros(1, 1, 2, 1, 1)] * 2,
                 None, both, x, torch.tensor([sigma]), {"transformer_options": options},
             )  # fmt: skip
+        cache.finish()
         cache.end()
 
     with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
@@ -211,16 +212,18 @@ def test_a_prompt_for_a_part_of_the_steps():
     assert steps.count(1) >= 4  # two at the start, and two again once the prompt is another
 
 
-def test_an_interruption_is_no_reason_for_advice(caplog):
+@pytest.mark.parametrize("last", [1, 4])
+def test_an_interruption_is_no_reason_for_advice(last, caplog):
+    """Of five steps, the last one among them."""
     from comfy_models import comfy
 
     description, model, _ = tiny("wan_t2v")
-    for ours in (cache_guidance(model, EVERY_2), cache_steps(model, ForecastSettings())):
+    for ours in (cache_guidance(model, GuidanceCache(2, first_steps=5)), cache_steps(model, ForecastSettings(1e-9))):
 
         def stop(step, *args):
-            if step == 1:
+            if step == last:
                 raise comfy.model_management.InterruptProcessingException
 
         with pytest.raises(comfy.model_management.InterruptProcessingException):
-            sample(ours, description, steps=20, callback=stop)
+            sample(ours, description, steps=5, callback=stop)
     assert "make more steps" not in caplog.text
