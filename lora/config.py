@@ -89,7 +89,7 @@ def read(file: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
         content = content_of(file.read_text(encoding="utf-8"), False)
     except FileNotFoundError:
         raise ConfigError(f"{file}: no such file.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} holds {_kind(content)}, but must be a mapping of settings.")
@@ -274,7 +274,7 @@ def _override(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f'--set {override}: write it as "a.b=value".')
     try:
         value = content_of(text, False)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--set {override}: the value is no YAML: {error}") from error
     place: Any = content
     for depth, key in enumerate(keys):

@@ -12,14 +12,17 @@ def content_of(text: str, is_json: bool) -> Any:
     """What a text holds.
 
     Args:
-        text: such as that of a file. is_json: whether it is JSON, otherwise YAML.
+        text: such as that of a file; a byte order mark at its start, of editors on Windows, is none of it. is_json: whether it is JSON, otherwise YAML.
 
     Raises:
-        ValueError, yaml.YAMLError: it is none, or a name stands twice in one mapping.
+        ValueError, yaml.YAMLError: it is none, a name stands twice in one mapping, or it is nested too deeply.
     """
-    if is_json:
-        return json.loads(text, object_pairs_hook=_once)
-    return yaml.load(text, _Loader)
+    try:
+        if is_json:
+            return json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_once)
+        return yaml.load(text, _Loader)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

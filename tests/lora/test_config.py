@@ -107,6 +107,7 @@ def test_overrides(tmp_path):
         ("stepz=1", 'did you mean "steps"'),
         ("steps=[", "no YAML"),
         ("part={rate: 0.5, rate: 0.7}", "rate is there twice"),
+        pytest.param("steps=" + "[" * 10_000, "no YAML: it is nested too deeply", id="deep"),
     ],
 )
 def test_bad_overrides(tmp_path, override, words):
@@ -125,6 +126,7 @@ def test_bad_overrides(tmp_path, override, words):
         ("", "empty"),
         ("name: x\nsteps: 1\nsteps: 2\n", "steps is there twice.*\n.*line 3"),
         ("name: x\npart: {rate: 0.5, rate: 0.7}\n", "rate is there twice"),
+        pytest.param("[" * 10_000, "cannot be read as YAML: it is nested too deeply", id="deep"),
     ],
 )
 def test_bad_files(tmp_path, text, words):

@@ -275,6 +275,19 @@ def test_levers_that_refuse_one_another(fields, message):
         Preset(**fields)
 
 
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_a_file_of_an_editor_that_marks_the_order_of_bytes(tmp_path, name):
+    (tmp_path / name).write_bytes(b'\xef\xbb\xbf{"version": 1, "num_inference_steps": 5}')
+    assert load_preset(tmp_path / name) == Preset(num_inference_steps=5)
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.json"])
+def test_a_file_that_is_nested_too_deeply(tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(PresetError, match=f"{name} cannot be read: it is nested too deeply"):
+        load_preset(tmp_path / name)
+
+
 def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(PresetError, match="there is no preset none.yaml"):
         load_preset("none.yaml")
