@@ -12,7 +12,8 @@ def content_of(text: str, is_json: bool) -> Any:
     """What a text holds.
 
     Args:
-        text: such as that of a file; a byte order mark at its start, of editors on Windows, is none of it. is_json: whether it is JSON, otherwise YAML.
+        text: such as that of a file; a byte order mark at its start, of editors on Windows, is none of it.
+        is_json: whether it is JSON, otherwise YAML.
 
     Raises:
         ValueError, yaml.YAMLError: it is none, a name stands twice in one mapping, or it is nested too deeply.
