@@ -11,7 +11,9 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from ..attention import VideoLayout
 from .geometry import unwrap
@@ -79,11 +81,12 @@ def announce(clone: Any, session: NativeAttention) -> None:
         # Of the noise, video and audio may be one row, and a wrapper before may have cut it to a context window.
         shape = latents[0] if latents else noise_shape
         try:
-            room = needed(session, model, shape, passes(conds))
-        except (AttributeError, TypeError, ValueError) as error:
-            # A variant of a model that is built otherwise, or a setting that the first forward pass will refuse.
+            video = _sparse_video(session, model, shape)
+        except (AttributeError, TypeError, ValueError) as error:  # a variant of a model that is built otherwise
             session.tell(f"{NOT_TOLD}: it cannot be computed ({error}).", logging.WARNING)
-            room = None
+            video = None
+        # What the method cannot do is an error here, before the weights are loaded, and not in the first forward pass.
+        room = None if video is None else _needed(session, video, passes(conds))
         if room is None or room.size == 0:
             return executor(model, noise_shape, conds, *args, **kwargs)
         session.tell(f"announced to ComfyUI, beside what it reckons with itself: {room}.")
@@ -116,18 +119,29 @@ def _area(entry: Mapping[str, Any]) -> Any:
     return None if area is None else tuple(area)
 
 
-def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditions: int) -> Room | None:
-    """What sparse attention takes in a sampling; None where nothing in it will be sparse.
+class _Video(NamedTuple):
+    """What sparse attention has in a forward pass.
 
     Args:
-        session: of the MODEL.
-        model: ComfyUI's ModelPatcher.
-        latent: shape `[B, C, T, H, W]` of the video's latent.
-        conditions: of all sides together, see `passes`. All count, also where a guidance of 1 leaves some out: who
-            samples does not say so before.
+        layout: of the video, or of a context window of it. windows: how many have something kept at a time.
+        layers: that are sparse. heads, head_dim: of each.
+        batch: of the latent. dtype: that the model computes in.
+    """
 
-    Raises:
-        ValueError: the method cannot do what it is set to on this video.
+    layout: VideoLayout
+    windows: int
+    layers: int
+    heads: int
+    head_dim: int
+    batch: int
+    dtype: torch.dtype
+
+
+def _sparse_video(session: NativeAttention, model: Any, latent: Sequence[int]) -> _Video | None:
+    """What there is to be sparse in a sampling, None where nothing will be.
+
+    Args:
+        session: of the MODEL. model: ComfyUI's ModelPatcher. latent: shape `[B, C, T, H, W]` of the video's latent.
     """
     diffusion_model = unwrap(model.model.diffusion_model)
     geometry = find_geometry(diffusion_model)
@@ -143,11 +157,26 @@ def needed(session: NativeAttention, model: Any, latent: Sequence[int], conditio
     if too_short(tokens, layout):
         return None
     layers = geometry.layers(diffusion_model) - len(session.dense.layers)
-    method = session.method_for(layout)
-    size = method.run_bytes(layout, heads * latent[0], head_dim, dtype.itemsize, layers * conditions * windows)
+    return _Video(layout, windows, layers, heads, head_dim, latent[0], dtype)
+
+
+def _needed(session: NativeAttention, video: _Video, conditions: int) -> Room:
+    """What sparse attention takes in a sampling.
+
+    Args:
+        session: of the MODEL. video: of the sampling.
+        conditions: of all sides together, see `passes`. All count, also where a guidance of 1 leaves some out: who
+            samples does not say so before.
+
+    Raises:
+        ValueError: the method cannot do what it is set to on this video.
+    """
+    layout, heads, itemsize = video.layout, video.heads * video.batch, video.dtype.itemsize
+    method = session.method_on(layout)
+    size = method.run_bytes(layout, heads, video.head_dim, itemsize, video.layers * conditions * video.windows)
     if session.gates is not None:  # what the gate of the layer at work makes of its input
-        size += layout.tokens * latent[0] * heads * head_dim * dtype.itemsize
-    return Room(size if layers else 0, layers, conditions, windows, layout)
+        size += layout.tokens * heads * video.head_dim * itemsize
+    return Room(size if video.layers else 0, video.layers, conditions, video.windows, layout)
 
 
 def _window(options: Mapping[str, Any], latent: Sequence[int]) -> tuple[list[int], int]:

@@ -259,14 +259,22 @@ class NativeAttention(RunLog):
             self._used[layout] = self._run
         return engine
 
-    def _new_engine(self, current: ForwardPass) -> SparseAttention:
-        layout = current.layout
+    def method_on(self, layout: VideoLayout) -> Method:
+        """The method for a layout.
+
+        Raises:
+            ValueError: it cannot do what it is set to there, in the words of its node.
+        """
         with said_by(self.title):
             try:
                 method = self.method_for(layout)
                 method.check(layout)
             except OutOfReach as error:
                 raise ValueError(limit_words(error, layout, self.settings)) from error
+        return method
+
+    def _new_engine(self, current: ForwardPass) -> SparseAttention:
+        method = self.method_on(current.layout)
         # Never one of this sampling, which may have many: a prompt of another length is another layout in some models.
         idle = [known for known in self._engines if self._used[known] != self._run]
         for known in idle[: max(0, len(self._engines) + 1 - KEPT_LAYOUTS)]:

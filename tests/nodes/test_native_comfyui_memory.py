@@ -165,6 +165,20 @@ def test_min_tokens_at_its_default_goes_by_what_was_measured_on_this_machine(loa
     assert more(loads, model, clone, description) > 0
 
 
+def test_what_the_method_cannot_do_is_refused_before_anything_is_loaded(loads, caplog):
+    description, model, _ = tiny("wan_t2v")
+    clone, _ = patched(model, SVG(density=0.01))
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ValueError, match=r"^Sparse Attention \(test\): density is 0.01"),
+    ):
+        sample(clone, description)
+    assert not loads and "announced" not in caplog.text
+    every_layer = f"0-{description.layers - 1}"  # as the first forward pass does
+    clone, _ = patched(model, SVG(density=0.01), dense_layers=every_layer, min_tokens=10**6)
+    sample(clone, description, steps=1)
+
+
 def test_an_unknown_model_reserves_nothing_and_says_so_once(loads, caplog):
     description, model, _ = tiny("wan_t2v")
     clone, session = patched(model, METHOD)
