@@ -93,7 +93,7 @@ def generate_command(
         typer.Option(
             help="A LoRA to load: a file, its folder, or that of its training; PATH=0.8 with another weight than 1; "
             "repeatable. Of a model with two transformers, transformer:PATH is for high noise, transformer_2:PATH for "
-            "low noise, all:PATH for both."
+            "low noise, all:PATH for both. They go before all those of a preset; none leaves these out."
         ),
     ] = None,
     guidance_free: Annotated[
@@ -102,14 +102,14 @@ def generate_command(
             metavar="[PATH]",
             help="Guidance in one pass a step, with an adapter of the recipe gft, or of consistency for few steps as "
             "well, one for each transformer: a file, its folder, or that of its training; without a path, with that of "
-            "the model itself, if it has one.",
+            "the model itself, if it has one; none leaves out what a preset has.",
         ),
     ] = None,
     sla: Annotated[
         list[Path] | None,
         typer.Option(
             help="An adapter of the recipe sla, which brings --method sla: a file, its folder, or that of its "
-            "training; one for each transformer."
+            "training; one for each transformer; none leaves out what a preset has."
         ),
     ] = None,
     rope: Annotated[
@@ -266,7 +266,7 @@ def generate_command(
             measure_error=measure_error,
             precision=precision,
         )
-        chosen = request_preset(preset, cache, quantize, decoder, guidance_cache, compile)
+        chosen = request_preset(preset)
         job = prepare(
             model or (chosen.model if chosen else "") or DEMOS[0],
             settings,
@@ -282,6 +282,13 @@ def generate_command(
             rope=rope,
             components=components,
             preset=chosen,
+            levers={
+                "cache": cache,
+                "quantize": quantize,
+                "decoder": decoder,
+                "guidance_cache": guidance_cache,
+                "compile": compile,
+            },
             process=process,
             share=share,
         )

@@ -22,6 +22,7 @@ from .loras import attach
 from .machine import environment
 from .methods import measured_note
 from .outputs import check_file, check_files
+from .preset_request import said_of_preset
 from .presets import refusals, request_preset
 from .progress import bars
 from .report import files_beside, video_file, write_report
@@ -127,12 +128,14 @@ def generate(
         lora: LoRAs to load: a file, its folder or that of its training each, "PATH=WEIGHT" with another weight than 1,
             "TARGET:PATH" into one of the transformers of a model with two ("transformer" for high noise,
             "transformer_2" for low noise, "all" for both); or a `LoraFile` of `vidaccel.pipelines.presets`. One of the
-            recipe `length` brings the attention that it was trained for.
+            recipe `length` brings the attention that it was trained for. They go before all those of a preset; "none"
+            leaves these out.
         guidance_free: adapter of the recipe `gft`, with which guidance takes one pass a step, or of `consistency`,
             which makes few steps as well: a file, its folder or that of its training, or one for each of two
-            transformers; True for what the model has of its own, as the built-in ones do.
-        sla: adapter of the recipe `sla`, which brings the method "sla": likewise. A model whose weights were trained
-            needs none.
+            transformers; True for what the model has of its own, as the built-in ones do; "none" for none, where a
+            preset has one.
+        sla: adapter of the recipe `sla`, which brings the method "sla": likewise, but for True. A model whose weights
+            were trained needs none.
         rope: of Wan and HunyuanVideo: "plain", or "riflex", which keeps a video longer than those of the training from
             beginning anew (RIFLEx, arXiv 2502.15894).
         components: of such a file: folder or hub id of the pipeline of the same model that has text encoder,
@@ -202,7 +205,14 @@ def generate(
         sla=sla,
         rope=rope,
         components=components,
-        preset=request_preset(preset, cache, quantize, decoder, guidance_cache, compile),
+        preset=request_preset(preset),
+        levers={
+            "cache": cache,
+            "quantize": quantize,
+            "decoder": decoder,
+            "guidance_cache": guidance_cache,
+            "compile": compile,
+        },
     )
     check_files_of(job, file, page, preset)
     files = video_files(job, file, page)
@@ -269,7 +279,7 @@ def carry_out(
         on_stage: told of what happens.
         on_note: told what a user should know before the steps or after the first one, to be `worded`.
     """
-    with joined(job) as crew:
+    with joined(job) as crew, said_of_preset(job.of_preset):
         return _carried_out(job, files or {}, warm, on_stage, on_note, crew)
 
 

@@ -43,15 +43,8 @@ from .methods import (
     whole_note,
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
-from .presets import (
-    beside,
-    check_beside,
-    check_guidance_cache,
-    check_scheduler,
-    levers_alone,
-    size_note,
-    with_preset,
-)
+from .preset_request import Filled, filled, said_of_preset
+from .presets import beside, check_beside, check_guidance_cache, check_scheduler, levers_alone, size_note
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
 from .prompts import unknown_note
 from .request import INPUTS, Settings
@@ -106,6 +99,7 @@ class Job:
         hint: where the choice went by a fixed length, how to measure that; for a terminal.
         precision: see `accelerate`.
         process: of those that make the video together, this one. sharing: what they share.
+        of_preset: see `preset_request.Filled`.
     """
 
     facts: ModelFacts
@@ -133,6 +127,7 @@ class Job:
     precision: str | None = None
     process: Process = ALONE
     sharing: Sharing = NOTHING
+    of_preset: frozenset[str] = frozenset()
 
     @property
     def first(self) -> str:
@@ -201,6 +196,7 @@ def prepare(
     rope: str = "plain",
     components: str | Path | None = None,
     preset: Preset | None = None,
+    levers: Mapping[str, Any] | None = None,
     process: Process = ALONE,
     share: str = "auto",
 ) -> Job:
@@ -220,17 +216,33 @@ def prepare(
         rope: see `length.chosen_riflex`.
         components: see `single_file.whole_model`.
         preset: see `presets.request_preset`; what it says holds where the request says nothing.
+        levers: see `presets.with_levers`; by name, None for what is not asked for.
         process: one of several that make the video together. share: see `processes.share_out`.
 
     Raises:
         BadInput: what cannot be done; the first fault found, the cheapest to find first.
     """
-    of_preset = preset is not None and not guidance_free
-    preset_method = None if preset is None or sparse.methods else preset.method
-    if preset is not None:
-        adapters_given: dict[str, Any] = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
-        settings, sparse, filled = with_preset(preset, settings, sparse, adapters_given)
-        lora, guidance_free, sla = filled.values()
+    adapters = {"lora": lora, "guidance_free": guidance_free, "sla": sla}
+    request = filled(preset, levers or {}, settings, sparse, adapters)
+    with said_of_preset(request.of_preset):
+        return _prepared(model, request, compare, device, dtype, offload, tiling, rope, components, process, share)
+
+
+def _prepared(
+    model: str | DiffusionPipeline,
+    request: Filled,
+    compare: bool,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    offload: bool | str,
+    tiling: bool,
+    rope: str,
+    components: str | Path | None,
+    process: Process,
+    share: str,
+) -> Job:
+    settings, sparse, preset = request.settings, request.sparse, request.preset
+    lora, guidance_free, sla = request.lora, request.guidance_free, request.sla
     reads: dict[str, Any] = {name: getattr(settings, name) for name in INPUTS}
     reads |= {"model": model, "components": components, "decoder": preset and preset.decoder}
     rest = None if preset is None else beside(preset)
@@ -245,7 +257,7 @@ def prepare(
     chosen_here = not sparse.methods
     sparse = _with_trained_method(sparse, trained, compare)
     adapters = () if isinstance(guidance_free, bool) else guidance_adapters(guidance_free)
-    if (adapters or guidance_free is True) and not isinstance(model, str) and not of_preset:
+    if (adapters or guidance_free is True) and not isinstance(model, str) and "guidance_free" not in request.of_preset:
         problem = "is for a model that is loaded here"
         raise BadInput("guidance_free", problem, "Call vidaccel.guidance_free with the pipeline.")
     learned = sla_adapters(sla, sparse.names)
@@ -290,7 +302,7 @@ def prepare(
     reads |= {"lora": [lora.path for lora in loras]}
     reads |= {field: [each.path for each in found] for field, found in (("guidance_free", adapters), ("sla", learned))}
     layout = settings.layout(facts)
-    sharing = share_out(process.count, share, facts, settings, layout, bool(adapters), rest)
+    sharing = share_out(process.count, share, facts, settings, layout, bool(adapters), rest, place)
     few_steps = None if facts.trained_for else facts.most_steps
     by_length = not (sparse.methods or facts.only_dense or (few_steps is not None and not compare))
     limit = limit_of(facts, place, chosen_dtype) if by_length else None
@@ -312,7 +324,7 @@ def prepare(
         return trained_method(learned, facts, pipe, layout, sparse.density, overrides, schedule)
 
     methods, left_out = _methods(
-        runs, sparse, layout, place, sla_method, lambda: trained_settings(facts, pipe), preset_method
+        runs, sparse, layout, place, sla_method, lambda: trained_settings(facts, pipe), request.method
     )
     if compare and len(methods) == 1 and rest is not None:
         methods[levers_alone(rest)] = None
@@ -321,7 +333,7 @@ def prepare(
     check_trained(trained, methods, layout)
     of_runs = [*taken_notes(lora, loras), *taken_notes(guidance_free, adapters), *taken_notes(sla, learned)]
     unknown = unknown_note(facts.name, settings.prompt, settings.negative_prompt or "")
-    notes = [*filter(None, [model_note(facts), own_note, unknown]), *of_runs, *of_loras]
+    notes = [*filter(None, [model_note(facts), own_note, unknown]), *request.notes, *of_runs, *of_loras]
     told = "" if limit is None or compare or facts.trained_for else limit.why
     if told and limit.measured:
         notes.append(told)
@@ -361,6 +373,7 @@ def prepare(
         precision=sparse.precision,
         process=process,
         sharing=sharing,
+        of_preset=request.of_preset,
     )
 
 

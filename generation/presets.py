@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .errors import BadInput, mention
 from .methods import DENSE
@@ -20,43 +19,61 @@ if TYPE_CHECKING:
     from ..pipelines.presets import Cache, Compile, Preset, PresetError, Quantize
     from .model_facts import ModelFacts
     from .request import Settings
-    from .sparse import Sparse
 
 _EXTENT = re.compile(r"\d+ frames of \d+x\d+")
 LEVERS = ("cache", "quantize", "compile", "decoder", "guidance_cache")
 """Levers that a request has fields for, which no other part of this layer carries out."""
 
 
-def request_preset(
-    preset: Preset | str | Path | None,
+def request_preset(preset: Preset | str | Path | None) -> Preset | None:
+    """The preset that is asked for; None for none.
+
+    Args:
+        preset: a `Preset`, a file, the folder of a `tune`, or the name of one that comes with the package.
+
+    Raises:
+        BadInput: it cannot be read or is unknown.
+    """
+    from ..pipelines.presets import Preset, PresetError, load_preset
+
+    if preset is None or isinstance(preset, Preset):
+        return preset
+    try:
+        return load_preset(preset)
+    except PresetError as error:
+        raise BadInput("preset", f"cannot be used: {str(error).rstrip('.')}") from error
+
+
+def with_levers(
+    preset: Preset | None,
     cache: Cache | str | None = None,
     quantize: Quantize | str | None = None,
     decoder: str | Path | None = None,
     guidance_cache: GuidanceCache | int | None = None,
     compile: Compile | str | bool | None = None,
 ) -> Preset | None:
-    """The preset that a request means; None where it has none of these.
+    """A preset with the levers of a request (`LEVERS`) in the place of its own; one of these alone without it.
 
     Args:
-        preset: a `Preset`, a file, or the name of one that comes with the package.
+        preset: of `request_preset`.
         cache: instead of its own: a `Cache`, or "NAME" or "NAME=THRESHOLD"; "none" for none.
         quantize: instead of its own: a `Quantize`, or its kind; "none" for none.
         decoder: instead of its own: a tiny one, see `Preset`; "none" for none.
         guidance_cache: instead of its own: a `GuidanceCache`, or its `every`; 0 for none.
         compile: instead of its own: true, a mode of `torch.compile`, or a `Compile`; false for none.
 
+    Returns:
+        None where there is neither.
+
     Raises:
-        BadInput: what cannot be read or is unknown.
+        BadInput: what is unknown or out of its bounds.
     """
     if all(each is None for each in (preset, cache, quantize, decoder, guidance_cache, compile)):
         return None
-    from ..pipelines.presets import Preset, PresetError, load_preset
+    from ..pipelines.presets import Preset
 
-    try:
-        chosen = Preset(name="") if preset is None else preset if isinstance(preset, Preset) else load_preset(preset)
-    except PresetError as error:
-        raise BadInput("preset", f"cannot be used: {str(error).rstrip('.')}") from error
-    try:
+    chosen = Preset(name="") if preset is None else preset
+    with refusals():
         if cache is not None:
             chosen = chosen.replace(cache=_cache(cache))
         if quantize is not None:
@@ -67,8 +84,6 @@ def request_preset(
             chosen = chosen.replace(guidance_cache=guidance_cache or None)
         if compile is not None:
             chosen = chosen.replace(compile=compile)
-    except PresetError as error:
-        raise refused(error) from error
     return chosen
 
 
@@ -103,36 +118,6 @@ def refused(error: PresetError) -> BadInput:
         problem = f"{error.value}: {error.problem}" if error.value != "" else error.problem
         return BadInput(lever, f"cannot be used: {problem}", error.fix)
     return BadInput("preset", f"cannot be used: {str(error).rstrip('.')}")
-
-
-def with_preset(
-    preset: Preset, settings: Settings, sparse: Sparse, given: dict[str, Any]
-) -> tuple[Settings, Sparse, dict[str, Any]]:
-    """A request with what its preset says where it says nothing itself.
-
-    Backend and precision are of the preset's method, and come with it alone.
-
-    Args:
-        preset: of `request_preset`.
-        settings, sparse: of the request.
-        given: its `lora`, `guidance_free` and `sla`, empty where it has none.
-    """
-    settings = replace(
-        settings,
-        steps=preset.num_inference_steps if settings.steps is None else settings.steps,
-        guidance_scale=preset.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
-    )
-    if preset.name and not sparse.methods:  # else there are only levers that are beside the method
-        sparse = replace(
-            sparse,
-            methods=(DENSE if preset.method is None else preset.method,),
-            backend=preset.backend if sparse.backend == "auto" else sparse.backend,
-            precision=preset.precision if sparse.precision is None else sparse.precision,
-        )
-    own = preset.guidance_free == ("own",)
-    of_method = preset.sla if "sla" in sparse.names else ()
-    of_preset = {"lora": preset.loras, "guidance_free": own or preset.guidance_free, "sla": of_method}
-    return settings, sparse, {name: value or of_preset[name] for name, value in given.items()}
 
 
 def levers_alone(rest: Preset) -> str:

@@ -104,6 +104,7 @@ def share_out(
     layout: VideoLayout,
     one_pass: bool,
     beside: Preset | None,
+    device: torch.device,
 ) -> Sharing:
     """What of a request so many processes share.
 
@@ -114,6 +115,7 @@ def share_out(
         facts, settings, layout: of the model and the video.
         one_pass: guidance is in one pass.
         beside: what runs beside sparse attention.
+        device: of the request.
 
     Raises:
         BadInput: it cannot be, and why.
@@ -148,6 +150,15 @@ def share_out(
     if -(-heads // sequence) * (sequence - 1) >= heads:
         problem = f"{sequence} share each sequence, of which each needs heads of its own, and the model has {heads}"
         raise BadInput("processes", problem, "Give fewer.", value=count)
+    if device.type == "cpu" and layout.tokens % sequence:
+        # diffusers gathers the parts at the end, and gloo, which does that on a CPU, takes parts of one size alone
+        problem = (
+            f"{sequence} share each sequence, on a CPU in equal parts alone, and the video has {layout.tokens} tokens"
+        )
+        even = [n for n in range(2, sequence) if not layout.tokens % n and -(-heads // n) * (n - 1) < heads]
+        fix = f"Give a size or length whose tokens are a multiple of {sequence}"
+        fix += f", or {branches * even[-1]} {mention('processes')}." if even else "."
+        raise BadInput("processes", problem, fix, value=count)
     return Sharing(branches, sequence, anything)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +11,7 @@ from .guidance import check_guidance, guidance_adapters, own_adapters, placed
 from .lora_fit import check_fits
 from .loras import check_targets, lora_files
 from .machine import check_formats, check_runs, check_second_stage, check_stand_ins
+from .preset_request import said_of_preset
 from .presets import check_scheduler, refusals
 from .sla import check_learned, sla_adapters
 
@@ -40,7 +39,7 @@ def check_named(
     from ..pipelines.presets.preset import OWN
 
     of_weights, method = placed(facts, pipe), preset.method
-    with _of_preset(), refusals():
+    with said_of_preset(), refusals():
         loras = lora_files(list(preset.loras))
         check_fits(loras, facts)
         check_targets(loras, of_weights)
@@ -62,14 +61,3 @@ def check_named(
             method.check(settings.layout(facts))
         except ValueError as error:
             raise BadInput("preset", f"cannot be used: {str(error).rstrip('.')}") from error
-
-
-@contextlib.contextmanager
-def _of_preset() -> Iterator[None]:
-    """What is wrong with fields of other requests, by the one that a waterfall has."""
-    try:
-        yield
-    except BadInput as error:
-        if error.field == "preset":
-            raise
-        raise BadInput("preset", f"cannot be used: {str(error).rstrip('.')}") from error

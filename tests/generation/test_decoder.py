@@ -39,11 +39,11 @@ def test_what_cannot_be_is_bad_input_of_its_own_field(monkeypatch):
 
 
 def test_none_leaves_out_that_of_a_preset():
-    from vidaccel.generation.presets import request_preset
+    from vidaccel.generation.presets import with_levers
 
     preset = vidaccel.Preset(name="a", decoder="own")
-    assert request_preset(preset, decoder="none").decoder is None
-    assert request_preset(None, decoder="own").decoder == "own"
+    assert with_levers(preset, decoder="none").decoder is None
+    assert with_levers(None, decoder="own").decoder == "own"
 
 
 def test_it_is_the_last_row_of_a_waterfall():

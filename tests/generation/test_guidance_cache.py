@@ -7,7 +7,7 @@ import pytest
 import vidaccel
 from vidaccel import GuidanceCache, Preset
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.presets import request_preset
+from vidaccel.generation.presets import with_levers
 from vidaccel.generation.stages import stages
 
 SMALL = {"frames": 9, "height": 64, "width": 64, "seed": 0, "progress": False}
@@ -16,10 +16,10 @@ PROMPT = "a red circle moves left on a grey background"
 
 def test_what_a_request_says_goes_before_its_preset():
     preset = Preset(name="a", guidance_cache=GuidanceCache(4))
-    assert request_preset(preset).guidance_cache == GuidanceCache(4)
-    assert request_preset(preset, guidance_cache=2).guidance_cache == GuidanceCache(2)
-    assert request_preset(preset, guidance_cache=0).guidance_cache is None
-    assert request_preset(None, guidance_cache=GuidanceCache(5)).guidance_cache == GuidanceCache(5)
+    assert preset.guidance_cache == GuidanceCache(4)
+    assert with_levers(preset, guidance_cache=2).guidance_cache == GuidanceCache(2)
+    assert with_levers(preset, guidance_cache=0).guidance_cache is None
+    assert with_levers(None, guidance_cache=GuidanceCache(5)).guidance_cache == GuidanceCache(5)
 
 
 def test_a_video_with_it():

@@ -124,7 +124,9 @@ def test_what_is_of_the_method_of_a_preset_goes_with_it(pipe, tmp_path):
     assert made.name == "dense" and made.report is None
     job = prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("radial",)), preset=learned)
     assert (list(job.methods), job.backend, job.precision, job.sla) == (["radial"], "auto", None, ())
-    with pytest.raises(BadInput, match="sla cannot be used: .*gone"):  # the adapters are of this one, though
+    with pytest.raises(
+        BadInput, match="preset cannot be used: attention.adapters: .*gone"
+    ):  # the adapters are of this one, though
         prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("sla",)), preset=learned)
 
 
@@ -318,14 +320,14 @@ def test_precision_beside_a_cache(pipe):
 
 def test_layers_in_8_bits_are_not_offloaded_by_blocks():
     from vidaccel.generation.model_facts import inspect_model
-    from vidaccel.generation.presets import check_beside, request_preset
+    from vidaccel.generation.presets import check_beside, with_levers
     from vidaccel.generation.request import Settings
 
-    preset, facts = request_preset(None, None, "int8"), inspect_model("demo")
+    preset, facts = with_levers(None, quantize="int8"), inspect_model("demo")
     with pytest.raises(BadInput, match="offload by blocks cannot be had with quantize: .* Offload whole parts"):
         check_beside(preset, facts, Settings(PROMPT), "blocks")
     with pytest.raises(BadInput, match="compile cannot be used: offloading by blocks puts hooks .* Leave compile out"):
-        check_beside(request_preset(None, compile=True), facts, Settings(PROMPT), "blocks")
+        check_beside(with_levers(None, compile=True), facts, Settings(PROMPT), "blocks")
 
 
 @pytest.mark.parametrize(

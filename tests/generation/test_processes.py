@@ -19,9 +19,12 @@ WAN = inspect_model("demo")
 WIDE = replace(WAN, transformer={**WAN.transformer, "num_attention_heads": 12})
 
 
-def shared(count, wanted="auto", facts=WIDE, *, one_pass=False, beside=None, **settings) -> Sharing:
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+def shared(count, wanted="auto", facts=WIDE, *, one_pass=False, beside=None, device=CPU, **settings) -> Sharing:
     checked = Settings("a dot", **settings).sized(facts)
-    return share_out(count, wanted, facts, checked, checked.layout(facts), one_pass, beside)
+    return share_out(count, wanted, facts, checked, checked.layout(facts), one_pass, beside, device)
 
 
 def other(pipeline: str, transformer: str):
@@ -38,7 +41,7 @@ def other(pipeline: str, transformer: str):
 
 def out_of(count, wanted, facts) -> Sharing:
     layout = WAN.layout(33, 128, 128)
-    return share_out(count, wanted, facts, Settings("a dot", guidance_scale=5.0), layout, False, None)
+    return share_out(count, wanted, facts, Settings("a dot", guidance_scale=5.0), layout, False, None, CPU)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,8 @@ def out_of(count, wanted, facts) -> Sharing:
         (2, "auto", {"beside": Preset(guidance_cache=GuidanceCache(every=4))}, Sharing(1, 2)),
         (2, "auto", {"beside": Preset(cache=Cache("first_block"))}, Sharing(2, 1)),
         (4, "auto", {"beside": Preset(cache=Cache("forecast"))}, Sharing(2, 2)),
+        (3, "auto", {"frames": 5, "height": 64, "width": 64, "device": GPU}, Sharing(1, 3, anything=True)),
+        (2, "auto", {"frames": 1, "height": 48, "width": 48}, Sharing(2, 1)),  # 9 tokens, of which none are shared
     ],
 )
 def test_what_is_shared(count, wanted, more, made):
@@ -79,6 +84,14 @@ def test_what_is_shared(count, wanted, more, made):
         (7, "sequence", {"facts": WAN}, "^processes is 7: .* the model has 3. Give fewer"),
         (2, "sequence", {"beside": Preset(cache=Cache("seacache"))}, "^share is sequence: the cache seacache decides"),
         (4, "auto", {"beside": Preset(cache=Cache("first_block"))}, "^processes is 4: the cache first_block .* by 2"),
+        (
+            3,
+            "auto",
+            {"frames": 5, "height": 64, "width": 64},
+            "^processes is 3: 3 share each sequence, on a CPU in equal parts alone, and the video has 32 tokens. Give a size "
+            "or length whose tokens are a multiple of 3, or 2 processes",
+        ),
+        (2, "sequence", {"frames": 1, "height": 48, "width": 48}, "has 9 tokens. Give a .* multiple of 2.$"),
         (4, "auto", {"beside": Preset(compile=Compile())}, "^processes is 4: compiled blocks have not been run"),
     ],
 )

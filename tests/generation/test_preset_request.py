@@ -1,0 +1,81 @@
+"""A request and its preset as one: what goes before what, and whose fault an error tells."""
+
+from __future__ import annotations
+
+import pytest
+
+import vidaccel
+from vidaccel import SLA, SVG2, Preset, Radial
+from vidaccel.generation.errors import BadInput
+from vidaccel.generation.job import prepare
+from vidaccel.generation.preset_request import filled
+from vidaccel.generation.request import Settings
+from vidaccel.generation.sparse import Sparse
+from vidaccel.pipelines.presets import Cache, load_preset
+
+PROMPT = "a red circle moves left on a grey background"
+SMALL = {"frames": 9, "height": 64, "width": 64, "device": "cpu", "progress": False}
+ADAPTERS = {"lora": (), "guidance_free": (), "sla": ()}
+
+
+def of(preset, sparse=None, *, levers=None, **adapters):
+    return filled(preset, levers or {}, Settings(PROMPT), sparse or Sparse(), {**ADAPTERS, **adapters})
+
+
+@pytest.mark.parametrize("name", ["", "a"])
+def test_a_preset_of_any_name_brings_its_method(name):
+    """Without a name, too: what is given beside the method alone is told apart by no preset being there."""
+    preset = Preset(name=name, method=SVG2(density=0.5), backend="gather", precision="int8")
+    made = of(preset).sparse
+    assert (made.methods, made.backend, made.precision) == ((preset.method,), "gather", "int8")
+    assert of(Preset(name=name, cache="forecast")).sparse.methods == ("dense",)
+    alone = of(None, levers={"cache": "forecast"})
+    assert alone.preset.cache == Cache("forecast") and alone.sparse.methods == () and not alone.of_preset
+    (run,) = prepare(
+        "demo", Settings(PROMPT), Sparse(), device="cpu", preset=Preset(name=name, method=Radial())
+    ).methods
+    assert run == "radial"
+
+
+def test_none_leaves_out_what_a_preset_has():
+    preset = Preset(name="a", method=SLA(), sla="s", loras="l", guidance_free="own")
+    whole = of(preset)
+    assert (whole.lora, whole.guidance_free, whole.sla) == (preset.loras, True, ("s",))
+    assert {"lora", "guidance_free", "sla", "method"} <= whole.of_preset
+    bare = of(preset, levers={"guidance_cache": 2}, lora=["none"], guidance_free="none", sla=["none"])
+    assert (bare.lora, bare.guidance_free, bare.sla, bare.notes) == ((), (), (), ())
+    assert not {"lora", "guidance_free", "sla"} & bare.of_preset and bare.preset.guidance_free == ()
+    assert of(None, lora="none").lora == ()
+
+
+def test_loras_that_go_before_those_of_a_preset_are_told():
+    made = of(Preset(name="a", loras=["x.safetensors", "y.safetensors"]), lora=["z.safetensors"])
+    assert made.lora == ["z.safetensors"] and "lora" not in made.of_preset
+    (note,) = made.notes
+    assert note.startswith("What the preset has as loras (x.safetensors, y.safetensors) is not loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "message"),
+    [
+        ({"loras": "gone.safetensors"}, {}, "^preset cannot be used: loras is gone.safetensors: there is no such file"),
+        ({"guidance_free": "gone"}, {}, "^preset cannot be used: guidance_free: .*gone"),
+        ({"method": SLA(), "sla": "gone"}, {}, "^preset cannot be used: attention.adapters: .*gone"),
+        ({"decoder": "gone.safetensors"}, {}, "^preset cannot be used: decoder: gone.safetensors: there is no such"),
+        ({"method": SVG2(), "backend": "triton"}, {}, "^preset cannot be used: attention.backend is triton: "),
+        ({"num_inference_steps": 2}, {"guidance_cache": 2}, "^guidance_cache cannot be used: it makes both passes in"),
+        ({"loras": "gone.safetensors"}, {"lora": "gone"}, "^lora is gone: there is no such file"),
+        ({"decoder": "gone.safetensors"}, {"decoder": "nowhere"}, "^decoder cannot be used: nowhere: there is no such"),
+    ],
+)
+def test_what_is_wrong_is_said_of_what_the_request_has(preset, given, message, loads_nothing):
+    with pytest.raises(BadInput, match=message):
+        vidaccel.generate("demo", PROMPT, preset=Preset(name="a", **preset), **given, **SMALL)
+
+
+def test_a_value_of_a_preset_that_is_wrong_for_its_adapter_is_told_as_the_presets():
+    other = load_preset("demo-dc-four-steps").replace(num_inference_steps=6)
+    with pytest.raises(BadInput, match="^preset cannot be used: num_inference_steps is 6: few_steps_4.* 4 steps"):
+        vidaccel.generate("demo-dc", PROMPT, preset=other, **SMALL)
+    with pytest.raises(BadInput, match="^steps is 6: few_steps_4"):
+        vidaccel.generate("demo-dc", PROMPT, preset="demo-dc-four-steps", steps=6, **SMALL)
