@@ -54,7 +54,8 @@ def generate_command(
     preset: Annotated[
         str | None,
         typer.Option(
-            help="A preset: a .yaml or .json file, or a name of `vidaccel presets`. Other options go before it."
+            help="A preset: a .yaml or .json file, the folder of a `vidaccel tune`, or a name of `vidaccel presets`. "
+            "Other options go before it."
         ),
     ] = None,
     cache: Annotated[

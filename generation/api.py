@@ -140,8 +140,8 @@ def generate(
             beginning anew (RIFLEx, arXiv 2502.15894).
         components: of such a file: folder or hub id of the pipeline of the same model that has text encoder,
             autoencoder, scheduler and tokenizer.
-        preset: all of the above that makes a video faster, see `vidaccel.apply`: a file, or the name of one that comes
-            with the package. What is given beside it goes before what it says.
+        preset: all of the above that makes a video faster, see `vidaccel.apply`: a file, the folder of a `tune`, or the
+            name of one that comes with the package. What is given beside it goes before what it says.
         guidance_cache: leaves second passes of guidance out: a `GuidanceCache`, or its `every`; 0 for none.
         cache: over steps: a name with or without its threshold, "first_block=0.08", or a `Cache`.
         quantize: the linear layers in 8 bits, by torchao: "int8" or "fp8", or a `Quantize`.

@@ -44,7 +44,15 @@ from .methods import (
 )
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
 from .preset_request import Filled, filled, said_of_preset
-from .presets import beside, check_beside, check_guidance_cache, check_scheduler, levers_alone, size_note
+from .presets import (
+    beside,
+    check_beside,
+    check_guidance_cache,
+    check_scheduler,
+    levers_alone,
+    other_model_note,
+    size_note,
+)
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
 from .prompts import unknown_note
 from .request import INPUTS, Settings
@@ -342,7 +350,7 @@ def _prepared(
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
     notes += filter(None, (whole_note(label, method, layout, sparse.density) for label, method in made))
     notes += filter(None, [trained_note(facts.trained_for, methods, compare)])
-    notes += filter(None, [size_note(preset, settings) if preset is not None else ""])
+    notes += filter(None, [] if preset is None else [other_model_note(preset, of_weights), size_note(preset, settings)])
     notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))

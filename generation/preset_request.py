@@ -71,16 +71,17 @@ def filled(
     Raises:
         BadInput: a lever that is unknown or out of its bounds.
     """
-    given = {name: () if _is_none(value) else value for name, value in adapters.items()}
+    given: dict[str, Any] = {name: () if _is_none(value) else value for name, value in adapters.items()}
     if preset is not None and _is_none(adapters["guidance_free"]):
         preset = preset.replace(guidance_free=())  # before levers that it would refuse
     whole = with_levers(preset, **levers)
     if preset is None:
         return Filled(settings, sparse, whole, None, **given)
     theirs: dict[str, Any] = {name: True for name in LEVERS if levers.get(name) is None and getattr(preset, name)}
-    of_settings = {"steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
-    open_ones = {name: value for name, value in of_settings.items() if value is not None and not _has(settings, name)}
-    settings, theirs = replace(settings, **open_ones), theirs | open_ones
+    of_settings: dict[str, Any] = {"steps": preset.num_inference_steps, "guidance_scale": preset.guidance_scale}
+    for name, value in of_settings.items():
+        if value is not None and getattr(settings, name) is None:
+            settings, theirs[name] = replace(settings, **{name: value}), value
     method = None
     if not sparse.methods:
         method = preset.method
@@ -98,10 +99,6 @@ def filled(
         names = ", ".join(lora.path.name for lora in preset.loras)
         notes.append(f"What the preset has as loras ({names}) is not loaded: {mention('lora')} goes before it.")
     return Filled(settings, sparse, whole, method, **given, of_preset=frozenset(theirs), notes=tuple(notes))
-
-
-def _has(settings: Settings, name: str) -> bool:
-    return getattr(settings, name) is not None
 
 
 def _is_none(given: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from .errors import BadInput, mention
 from .methods import DENSE
+from .model_places import locate
 
 if TYPE_CHECKING:
     import torch
@@ -154,6 +155,34 @@ def size_note(preset: Preset, settings: Settings) -> str:
         f"The preset {preset.name} was measured with videos of {measured}; for this one, of {settings.extent}, its "
         "gain and its distance from dense may be others."
     )
+
+
+def other_model_note(preset: Preset, facts: ModelFacts) -> str:
+    """What to say of a preset that was measured with another model than the one that runs; else "".
+
+    Args:
+        facts: of the model, see `guidance.placed`; of a loaded pipeline that does not know where it is from, nothing is
+            said.
+    """
+    has_ratios = preset.cache is not None and "mag_ratios" in preset.cache.settings
+    unknown = not preset.model or facts.location == facts.pipeline_class
+    if unknown or not (preset.measured or has_ratios):
+        return ""
+    if _location(preset.model) in (_location(facts.name), _location(facts.location)):
+        return ""
+    what = "has ratios for MagCache that were measured" if has_ratios else "was measured"
+    told = f"The preset {preset.name} {what} with {preset.model}; with {facts.name}, its gain and its distance from "
+    return told + "dense may be others."
+
+
+def _location(model: str) -> str:
+    """Where a model is, whole, so that two can be told apart; its name where it is not here."""
+    from ..pipelines.presets.files import whole_model
+
+    try:
+        return whole_model(locate(model))
+    except BadInput:
+        return whole_model(model)
 
 
 def check_beside(

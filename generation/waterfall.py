@@ -18,7 +18,8 @@ from .errors import BadInput, mention, worded
 from .machine import choose_device, choose_dtype, environment
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
 from .model_places import DEMOS
-from .presets import check_beside, refusals, request_preset
+from .preset_request import said_of_preset
+from .presets import LEVERS, check_beside, refusals, request_preset
 from .progress import bars
 from .prompts import in_words, prompts_with_seeds
 from .request import Settings
@@ -135,9 +136,12 @@ class Waterfall:
     def differs(self, row: Row) -> bool:
         """Whether a row takes another time than the first, as far as the rounds can tell.
 
-        Not where each was the faster one in some round. Of a small difference (`UNSURE`), neither where the two are no
-        further apart than the rounds of one of them, nor where they made the same videos in as many passes.
+        Not where each was the faster one in some round, nor where levers that leave passes out alone left none. Of a
+        small difference (`UNSURE`), neither where the two are no further apart than the rounds of one of them, nor
+        where they made the same videos in as many passes.
         """
+        if self._cannot_gain(row):
+            return False
         low, high = self.gain_range(row)
         if len(row.seconds) > 1 and low <= 1 <= high:
             return False
@@ -145,6 +149,10 @@ class Waterfall:
 
     def _small(self, row: Row) -> bool:
         return abs(self.gain(row) - 1) < UNSURE
+
+    def _cannot_gain(self, row: Row) -> bool:
+        """Whether all of a row's levers act through passes that they leave out, and there were none."""
+        return self._did_nothing(row) and set(row.stage.preset.levers()) <= {"cache", "guidance_cache"}
 
     def _did_nothing(self, row: Row) -> bool:
         return row.forwards == self.rows[0].forwards and all(value == math.inf for value in row.psnr)
@@ -155,8 +163,7 @@ class Waterfall:
         if self.differs(last):
             text = f"{self.preset.name}: {self.gain(last):.2f} times as fast as the plain base"
             text += f" ({last.median:.2f} s instead of {first.median:.2f} s a video"
-            once = len(last.seconds) == 1 and self._small(last)
-            text += "; a difference as small needs more rounds to be told from noise)" if once else ")"
+            text += f"{self._doubt(last)})"
         elif self._did_nothing(last):
             text = f"{self.preset.name}: nothing gained, since no lever did anything: the same videos as the plain "
             return text + f"base makes, from as many passes ({last.median:.2f} s and {first.median:.2f} s a video)."
@@ -169,6 +176,14 @@ class Waterfall:
         elif math.isfinite(last.mean_psnr):
             text += f", at a PSNR of {last.mean_psnr:.1f} dB to it{over_what_differs(last.identical_frames)}"
         return text + "."
+
+    def _doubt(self, row: Row) -> str:
+        """What one round leaves open of a difference, in words; "" of several rounds."""
+        if len(row.seconds) > 1:
+            return ""
+        if self._did_nothing(row):
+            return "; the videos and the passes are the same, and more rounds tell whether the time is another"
+        return "; a difference as small needs more rounds to be told from noise" if self._small(row) else ""
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but pictures, in types that JSON knows (the same videos have a PSNR of null)."""
@@ -254,7 +269,7 @@ def waterfall(
     if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
         raise BadInput("rounds", "it must be a whole number of at least 1", value=rounds)
     models = _Models(model, device, dtype, offload, tiling)
-    with refusals():
+    with said_of_preset(LEVERS), refusals():
         plan = stages(chosen, models.first_name)
     if len(plan) == 1:
         raise BadInput("preset", f"has nothing to measure: {chosen.name} leaves the pipeline as it is")
@@ -265,7 +280,8 @@ def waterfall(
     requests = [_settings(stage, models.facts(stage.model), texts[0], asked, own) for stage in plan]
     check_comparable(requests[0].height, requests[0].width)
     for stage, settings in zip(plan, requests, strict=True):
-        check_beside(stage.preset, models.facts(stage.model), settings, offload, models.device)
+        with said_of_preset(LEVERS):
+            check_beside(stage.preset, models.facts(stage.model), settings, offload, models.device)
     models.check_named(plan[-1], requests[-1])
     checker = checker or _built_in_checker(models.facts(plan[0].model), texts)
     shown = bars(models.facts(plan[0].model).name) if progress else contextlib.nullcontext(lambda *_: None)
@@ -328,7 +344,7 @@ class _Models:
         last = {stage.model: stage.preset for stage in plan}
         for name, preset in last.items():
             pipe = self.pipe(name)
-            with refusals():
+            with said_of_preset(LEVERS), refusals():
                 check_preset(pipe, preset, self.facts(name).location)
 
     def pipe(self, name: str) -> Any:
@@ -431,7 +447,11 @@ def _at_work(models: _Models, stage: Stage, settings: Settings) -> Iterator[tupl
     from ..pipelines.presets import apply
 
     pipe = models.pipe(stage.model)
-    with refusals(), apply(pipe, stage.preset, base=models.facts(stage.model).location) as handle:
+    with (
+        said_of_preset(LEVERS),
+        refusals(),
+        apply(pipe, stage.preset, base=models.facts(stage.model).location) as handle,
+    ):
         warm_up(pipe, settings, None, handle)
         handle.reset()
         yield pipe, handle

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ...pipelines.guidance_free.adapter_file import OWN_FILE
+from ...pipelines.presets.preset import OWN
+from ...pipelines.weight_files import transformer_file
 from ..errors import BadInput, mention
 from ..guidance import adapters_beside, check_guidance, guidance_adapters, placed, transformers_of
 
@@ -23,14 +26,21 @@ class AdapterLever:
     """An adapter, or one for each transformer.
 
     Args:
-        places: their files, as `Preset.guidance_free` has them.
+        places: their files.
         steps: that they were distilled to; None for those of any sampler.
         digest: of the files, so that what was measured is not taken for another's at the same place.
+        own: they are those that the model has of its own.
     """
 
     places: tuple[str, ...]
     steps: int | None = None
     digest: str = ""
+    own: bool = False
+
+    @property
+    def in_preset(self) -> tuple[str, ...]:
+        """As `Preset.guidance_free` has them: the model's own by that word, which holds wherever the model is."""
+        return (OWN,) if self.own else self.places
 
     @property
     def name(self) -> str:
@@ -105,4 +115,7 @@ def _lever(job: Job, facts: ModelFacts, adapters: Sequence[GuidanceFreeAdapter])
     digest = hashlib.sha256()
     for adapter in adapters:
         digest.update(adapter.path.read_bytes())
-    return AdapterLever(tuple(str(a.path.resolve()) for a in adapters), steps, digest.hexdigest()[:16])
+    places = tuple(str(adapter.path.resolve()) for adapter in adapters)
+    files = {part: transformer_file(facts.location, OWN_FILE, part) for part in parts}
+    own = all((file := files[a.part]) is not None and Path(file).resolve() == a.path.resolve() for a in adapters)
+    return AdapterLever(places, steps, digest.hexdigest()[:16], own)

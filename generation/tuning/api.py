@@ -337,11 +337,12 @@ def _command(preset: Preset, job: Job, folder: Path) -> str:
 def _facts_of(job: Job) -> dict[str, Any]:
     """What a preset says of the model that it is for."""
     from ...pipelines.acceleration.families import family_of
+    from ...pipelines.presets.files import whole_model
 
     of = family_of(job.facts.pipeline_class)
     family = of.name if of else ""
-    names = ("num_layers", "num_attention_heads", "attention_head_dim")
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels")
     transformer = {name: job.facts.transformer[name] for name in names if name in job.facts.transformer}
     told = {"name": "tuned", "family": family, "transformer": transformer, "num_inference_steps": job.settings.steps}
     known = job.pipe is None or job.facts.name != job.facts.pipeline_class  # a loaded one may not know where it is from
-    return told | ({"model": job.facts.name} if known else {})
+    return told | ({"model": whole_model(job.facts.name)} if known else {})

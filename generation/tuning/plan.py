@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...pipelines.nearest_name import nearest
+from ...pipelines.presets.files import TUNED
 from ...pipelines.weight_files import stated_config, transformer_files
 from ..comparison import check_comparable
 from ..errors import BadInput, mention
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from ..model_facts import ModelFacts
 
 _NO_ERROR = "an adapter makes other passes than the dense run, so its steps have no error against it"
-PRESET = "preset.yaml"
+PRESET = TUNED
 PAGE = "tune.html"
 DATA = "tune.json"
 """Files in the folder, beside the journal."""

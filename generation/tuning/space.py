@@ -170,7 +170,7 @@ class Candidate:
 
         method = None
         if self.adapter is not None:
-            facts["guidance_free"] = self.adapter.places
+            facts["guidance_free"] = self.adapter.in_preset
             facts |= {} if self.adapter.steps is None else {"num_inference_steps": self.adapter.steps}
         if self.sparse is not None:
             method = self.sparse.method

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from ...attention.methods import METHODS, Method
+from ...demo import MODELS
 from ..locations import is_hub_id, is_single_file
 from ..nearest_name import nearest
 from ..plain_content import content_of
@@ -19,6 +20,8 @@ from .preset import OWN, Preset
 
 SHIPPED = Path(__file__).parent / "shipped"
 SUFFIXES = (".yaml", ".yml", ".json")
+TUNED = "preset.yaml"
+"""In the folder of a `tune`."""
 
 
 def shipped_presets() -> dict[str, Path]:
@@ -30,13 +33,18 @@ def load_preset(place: str | Path) -> Preset:
     """A preset from a file, or one of the package by its name.
 
     Args:
-        place: a .yaml, .yml or .json file, or a name of `shipped_presets`.
+        place: a .yaml, .yml or .json file, a folder with a `TUNED` in it, or a name of `shipped_presets`.
 
     Raises:
         PresetError: there is no such file or name, it cannot be read, or something in it is wrong.
     """
     shipped = shipped_presets()
     file = shipped.get(str(place), Path(place).expanduser())
+    if file.is_dir():
+        if not (file / TUNED).is_file():
+            problem = f"{file} is a folder, and there is no {TUNED} in it"
+            raise PresetError("", problem, "Give a file, or the folder in which `vidaccel tune` found one.")
+        file = file / TUNED
     if not file.is_file():
         problem = f"there is no preset {place}{nearest(str(place), shipped)}"
         raise PresetError("", problem, f"Give a name of `vidaccel presets`, or a file ({', '.join(SUFFIXES)}).")
@@ -94,11 +102,20 @@ def _check_named(method: Method | None) -> None:
 def absolute(preset: Preset) -> Preset:
     """The preset with the whole paths of its files, which a reader would take for files beside its own."""
     return preset.replace(
+        model=whole_model(preset.model),
+        base=whole_model(preset.base),
         sla=tuple(str(Path(place).resolve()) for place in preset.sla),
         guidance_free=tuple(place if place == OWN else str(Path(place).resolve()) for place in preset.guidance_free),
         loras=tuple(replace(lora, path=Path(lora.path).resolve()) for lora in preset.loras),
         decoder=_whole(preset.decoder),
     )
+
+
+def whole_model(name: str) -> str:
+    """A model by a name that holds in all folders: the whole path of what is there, other names as they are."""
+    if not name or name in MODELS or not Path(name).expanduser().exists():
+        return name
+    return str(Path(name).expanduser().resolve())
 
 
 def _whole(decoder: str | None) -> str | None:

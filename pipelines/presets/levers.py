@@ -291,7 +291,8 @@ def check_number(name: str, value: Any, bounds: CacheSetting) -> None:
     kind = "a whole number" if bounds.whole else "a number"
     wanted = int if bounds.whole else int | float
     if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
-        raise PresetError(name, f"it must be {kind}", "YAML takes 1e-4 for a text: write 1.0e-4.", value=repr(value))
+        fix = "YAML takes 1e-4 for a text: write 1.0e-4." if isinstance(value, str) else ""
+        raise PresetError(name, f"it must be {kind}", fix, value=repr(value))
     if value < bounds.low or (bounds.high is not None and value > bounds.high):
         most = "" if bounds.high is None else f" and at most {bounds.high:g}"
         raise PresetError(name, f"it must be at least {bounds.low:g}{most}", value=value)

@@ -12,6 +12,7 @@ from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method, check_config
 from ...attention.methods.description import describe, described, in_words
 from ...attention.plain_values import plain
+from ...demo import MODELS
 from ..guidance_cache.settings import GuidanceCache
 from ..locations import is_hub_id
 from ..lora_files import TARGETS, LoraFile
@@ -32,7 +33,7 @@ class Preset:
 
     Args:
         name, summary: what users see.
-        model: what it was made for: a name, folder or hub id.
+        model: what it was made for: a name, folder or hub id. Of a file, a folder beside it goes before others.
         base: the model that `model` stands for, where it is another one ("demo" for "demo-dc").
         family: of `FAMILIES` by name; "" for any.
         transformer: settings of the transformer that it is for, such as `num_layers`.
@@ -109,8 +110,11 @@ class Preset:
         ) -> None: ...
 
     def __post_init__(self) -> None:
+        if type(self.version) is not int:  # true and 1.0 are equal to 1
+            problem = "it must be a whole number"
+            raise PresetError("version", problem, f"Write version: {VERSION}.", value=repr(self.version))
         if self.version != VERSION:
-            fix = "Update vidaccel." if isinstance(self.version, int) and self.version > VERSION else ""
+            fix = "Update vidaccel." if self.version > VERSION else ""
             raise PresetError("version", f"this vidaccel reads version {VERSION}", fix, value=self.version)
         self._take_harmless_kinds()
         self._check_attention()
@@ -268,9 +272,10 @@ class Preset:
             fix = "load_preset reads a file, or one of the package by its name."
             raise PresetError("", f"a preset must be names and values, and this is a {type(content).__name__}", fix)
         content = dict(content)
-        version = content.get("version", "missing")
-        if version != VERSION:
-            cls(version=version)  # says so, before what another version holds is found unknown
+        if "version" not in content:
+            problem = f"this vidaccel reads version {VERSION}"
+            raise PresetError("version", problem, f"Write version: {VERSION}.", "missing")
+        cls(version=content["version"])  # says what is wrong, before what another version holds is found unknown
         _check_names("", content, _FIELDS)
         values = {name: value for name, value in content.items() if name in _SIMPLE and value is not None}
         for name in ("name", "summary", "model", "base", "family"):
@@ -279,6 +284,9 @@ class Preset:
         for name in ("transformer", "measured"):
             if name in values and not isinstance(values[name], Mapping):
                 raise PresetError(name, "it must hold names and values", value=repr(values[name]))
+        for name in ("model", "base"):
+            if (place := values.get(name, "")) not in ("", *MODELS) and _lies_in(place, folder):
+                values[name] = _place(name, place, folder)
         values |= _attention(content.get("attention"), folder)
         places = several("guidance_free", content.get("guidance_free"))
         values["guidance_free"] = tuple(
@@ -323,7 +331,7 @@ def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
         fix = "Leave attention out: a preset without it is dense."
         raise PresetError("attention", "it is for sparse attention", fix, stated["method"])
     known = ("method", "settings", "schedule", "backend", "precision", "adapters")
-    _check_names("attention", stated, known)
+    _check_names("attention", stated, known, "the name of a method, or")
     if "method" not in stated:
         raise PresetError("attention", "it has no method", f"It can have {', '.join(known)}.")
     for name in ("settings", "schedule"):
@@ -346,7 +354,7 @@ def _part(name: str, kind: type, stated: Any) -> Any:
     """A part of a preset from a mapping, or from its first field alone."""
     known = [f.name for f in fields(kind)]
     stated = {known[0]: stated} if isinstance(stated, str) else stated
-    _check_names(name, stated, known)
+    _check_names(name, stated, known, f"its {known[0]} alone, or")
     if known[0] not in stated:
         raise PresetError(name, f"it has no {known[0]}", f"It can have {', '.join(known)}.")
     return kind(**stated)
@@ -369,13 +377,13 @@ def _compile(given: Any) -> Compile | None:
     if given is None or given is False or isinstance(given, Compile):
         return given or None
     settings = {"mode": given} if isinstance(given, str) else {} if given is True else given
-    _check_names("compile", settings, [f.name for f in fields(Compile)])
+    _check_names("compile", settings, [f.name for f in fields(Compile)], "true, false, a mode, or")
     return Compile(**settings)
 
 
 def _lora(stated: Any, folder: Path | None) -> LoraFile:
     stated = {"file": stated} if isinstance(stated, str) else stated
-    _check_names("loras", stated, ("file", "weight", "target"))
+    _check_names("loras", stated, ("file", "weight", "target"), "a file, or")
     if not isinstance(stated.get("file"), str):
         raise PresetError("loras", "each needs a file", value=repr(stated))
     weight = stated.get("weight")
@@ -427,10 +435,16 @@ def _lies_in(place: str, folder: Path | None) -> bool:
     return folder is not None and (folder / place).exists()
 
 
-def _check_names(where: str, stated: Any, known: Iterable[str]) -> None:
+def _check_names(where: str, stated: Any, known: Iterable[str], other: str = "") -> None:
+    """Raise for what is no mapping, and for a name in it that is not known.
+
+    Args:
+        other: what may stand in its place, in words.
+    """
     known = list(known)
     if not isinstance(stated, Mapping):
-        raise PresetError(where, f"it must hold names and values ({', '.join(known)})", value=repr(stated))
+        wanted = f"it must be {other} hold" if other else "it must hold"
+        raise PresetError(where, f"{wanted} names and values ({', '.join(known)})", value=repr(stated))
     for name in stated:
         if name not in known:
             raise PresetError(where, f"there is no {name}{nearest(str(name), known)}")

@@ -124,9 +124,7 @@ def test_what_is_of_the_method_of_a_preset_goes_with_it(pipe, tmp_path):
     assert made.name == "dense" and made.report is None
     job = prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("radial",)), preset=learned)
     assert (list(job.methods), job.backend, job.precision, job.sla) == (["radial"], "auto", None, ())
-    with pytest.raises(
-        BadInput, match="preset cannot be used: attention.adapters: .*gone"
-    ):  # the adapters are of this one, though
+    with pytest.raises(BadInput, match="preset cannot be used: attention.adapters: .*gone"):  # they are of this one
         prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("sla",)), preset=learned)
 
 
@@ -138,6 +136,26 @@ def test_a_video_of_another_size_than_a_preset_was_measured_with_is_told(pipe):
     (note,) = notes[1]
     assert note.startswith("The preset a was measured with videos of 9 frames of 64x64; for this one, of 13 frames")
     assert not notes[0] and not notes[2]
+
+
+def test_a_preset_that_was_measured_with_another_model_is_told(pipe, tmp_path):
+    small = Settings(PROMPT, frames=9, height=64, width=64)
+
+    def notes(runs, **fields):
+        job = prepare(runs, small, Sparse(), preset=Preset(name="a", **fields))
+        return [note for note in job.notes if note.startswith("The preset a ")]
+
+    found = {"measured": {"times_as_fast": 2.0}, "cache": EAGER}
+    ratios = {"cache": Cache("magcache", settings={"mag_ratios": [1.0] * 4})}
+    copy = tmp_path / "copy"
+    copy.symlink_to(demo.path(), target_is_directory=True)
+    for model in ("demo", pipe, str(demo.path()), str(copy)):
+        assert not notes(model, model="demo", **found) and not notes(model, model=str(copy), **ratios)
+    for model, name in (("demo-dc", "demo-dc"), (pipe, "demo")):
+        (note,) = notes(model, model="owner/name", **found)
+        assert note.startswith(f"The preset a was measured with owner/name; with {name}, its gain and its distance ")
+    assert notes("demo", model="demo-dc", **ratios)[0].startswith("The preset a has ratios for MagCache that were meas")
+    assert not notes("demo", model="owner/name", cache=EAGER) and not notes("demo", **found)
 
 
 def test_a_preset_without_a_method_is_dense_and_a_cache_alone_changes_no_method(pipe, monkeypatch):

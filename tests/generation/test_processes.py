@@ -88,8 +88,8 @@ def test_what_is_shared(count, wanted, more, made):
             3,
             "auto",
             {"frames": 5, "height": 64, "width": 64},
-            "^processes is 3: 3 share each sequence, on a CPU in equal parts alone, and the video has 32 tokens. Give a size "
-            "or length whose tokens are a multiple of 3, or 2 processes",
+            "^processes is 3: 3 share each sequence, on a CPU in equal parts alone, and the video has 32 tokens. Give "
+            "a size or length whose tokens are a multiple of 3, or 2 processes",
         ),
         (2, "sequence", {"frames": 1, "height": 48, "width": 48}, "has 9 tokens. Give a .* multiple of 2.$"),
         (4, "auto", {"beside": Preset(compile=Compile())}, "^processes is 4: compiled blocks have not been run"),

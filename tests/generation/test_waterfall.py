@@ -216,6 +216,21 @@ def test_levers_that_did_nothing_gain_nothing():
         assert not made.differs(same)
 
 
+def test_a_cache_that_skipped_nothing_gains_nothing_however_far_the_times_are_apart():
+    """It acts through passes that it leaves out alone; what is compiled may be faster with the same videos."""
+    for levers, faster in (({"cache": "forecast"}, False), ({"compile": True}, True)):
+        preset = Preset(name="a", guidance_cache=3, **levers) if "cache" in levers else Preset(name="a", **levers)
+        base, same = row("base", ((4.0,),), (math.inf,), None), row("last", ((2.0,),), (math.inf,), None)
+        same = replace(same, stage=Stage("last", "last", "demo", preset))
+        made = Waterfall(preset, (base, same), ("a",), (0,))
+        assert made.differs(same) is faster
+        assert ("2.00 times as fast" in made.in_words()) is faster
+        assert ("nothing gained, since no lever did anything" in made.in_words()) is not faster
+        assert ("the same, and more rounds tell whether the time is another)" in made.in_words()) is faster
+        twice = tuple(replace(each, seconds=each.seconds * 2) for each in (base, same))
+        assert "more rounds" not in Waterfall(preset, twice, ("a",), (0,)).in_words()
+
+
 def test_the_page_and_its_numbers(made, tmp_path):
     page = write_waterfall(made, tmp_path / "w.html", "vidaccel waterfall <x> caf\udce9")
     text = page.read_text()
@@ -245,16 +260,31 @@ def test_the_page_and_its_numbers(made, tmp_path):
         ("demo", FULL, {"prompts": []}, "prompts there are none"),
         ("demo", FULL, {"prompts": ["a", " "]}, "prompts one of them is empty"),
         ("demo", FULL, {"prompts": ["a", "\udce9"]}, r"prompts is '\\udce9': it holds bytes that are no text in UTF-8"),
-        ("demo", Preset(decoder="gone.safetensors"), {}, "decoder cannot be used: .*gone.safetensors"),
+        ("demo", Preset(decoder="gone.safetensors"), {}, "preset cannot be used: decoder: .*gone.safetensors"),
         ("demo", FULL, {"frames": 10}, "frames is 10"),
         ("demo-dc", FULL, {"height": 8}, "height is 8: frames to compare have at least 11x11 pixels, .* Give a larger"),
         ("demo", FULL.replace(family="Mochi 1"), {}, "is for Mochi 1"),
-        ("demo", Preset(loras="gone.safetensors"), {}, "lora is gone.safetensors: there is no such file or folder"),
+        (
+            "demo",
+            Preset(loras="gone.safetensors"),
+            {},
+            "^preset cannot be used: loras is gone.safetensors: there is no such file or folder",
+        ),
         ("demo", Preset(guidance_free="gone.safetensors"), {}, "preset cannot be used: .*gone.safetensors"),
-        ("demo", Preset(method=SLA(), sla="gone.safetensors"), {}, "sla cannot be used: .*gone.safetensors"),
+        (
+            "demo",
+            Preset(method=SLA(), sla="gone.safetensors"),
+            {},
+            "preset cannot be used: attention.adapters: .*gone.safetensors",
+        ),
         ("demo", Preset(scheduler="Unipc"), {}, "scheduler is Unipc: diffusers has no scheduler of that name"),
-        ("demo", Preset(method=SVG2(), backend="triton"), {}, "preset cannot be used: backend is triton: it cannot"),
-        ("demo", Preset(method=SVG2(), precision="int8"), {}, "preset cannot be used: precision is int8"),
+        (
+            "demo",
+            Preset(method=SVG2(), backend="triton"),
+            {},
+            "preset cannot be used: attention.backend is triton: it cannot",
+        ),
+        ("demo", Preset(method=SVG2(), precision="int8"), {}, "preset cannot be used: attention.precision is int8"),
         ("demo-dc", SCHEDULED, {}, "scheduler is DDIMScheduler: few_steps_4.safetensors was distilled to noise levels"),
     ],
 )

@@ -67,8 +67,9 @@ def test_other_levers_are_measured_on_the_run_of_an_adapter(pipe, layers, tmp_pa
     # Predicted to the second from its own run, and nearer to dense than its parts' errors alone could tell.
     assert made.chosen.predicted.seconds == 11
     preset = load_preset(tmp_path / "t" / "preset.yaml")
-    assert preset.cache.name == "first_block" and preset.guidance_free == (str(file),)
-    assert preset.num_inference_steps == 6
+    # The model's own by that word, though it was given as a file: so it is found wherever the model is.
+    assert preset.cache.name == "first_block" and preset.guidance_free == ("own",)
+    assert preset.num_inference_steps == 6 and preset.transformer["in_channels"] == 32
 
 
 def test_an_adapter_that_misses_the_quality_is_not_combined(pipe, layers, tmp_path, monkeypatch):
@@ -132,6 +133,7 @@ def test_two_transformers_have_one_each_for_the_same_steps(tmp_path):
     alone = write_adapter(tmp_path, folder, parts["transformer"], **few)
     found = plan(folder, tmp_path, size)
     assert [each.places for each in found.adapters] == [tuple(map(str, beside))] and not found.dropped
+    assert found.adapters[0].in_preset == found.adapters[0].places
     with pytest.raises(BadInput, match="^adapters transformer.safetensors: the model has transformer and"):
         plan(folder, tmp_path, size, adapters=[*beside, alone])
     alone.rename(folder / "transformer" / "few.safetensors")

@@ -118,6 +118,31 @@ def test_files_are_beside_the_preset_that_names_them(tmp_path, monkeypatch):
         assert load_preset(save_preset(Preset(decoder=decoder), "other/c.yaml")).decoder == decoder
 
 
+def test_a_model_is_beside_the_preset_that_names_it_or_where_it_was(tmp_path, monkeypatch):
+    """A folder there goes before others; the built-in models and hub ids are names."""
+    for folder in ("mine", "demo", "there/own", "there/owner/name"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path / "there"
+    for name, found in (
+        ("own", there / "own"),
+        ("owner/name", there / "owner" / "name"),
+        ("../mine", tmp_path / "mine"),
+        ("mine", "mine"),
+        ("demo", "demo"),
+        ("other/name", "other/name"),
+    ):
+        (there / "a.yaml").write_text(f"version: 1\nmodel: {name}\nbase: {name}\n")
+        loaded = load_preset("there/a.yaml")
+        assert loaded.model == loaded.base and Path(loaded.model).resolve() == Path(found).resolve(), name
+    # What is named relative to the current folder is found from elsewhere, too.
+    save_preset(Preset(model="mine", base="demo"), "there/b.yaml")
+    monkeypatch.chdir(there)
+    loaded = load_preset("b.yaml")
+    assert (loaded.model, loaded.base) == (str(tmp_path / "mine"), "demo")
+    assert load_preset(save_preset(Preset(model="other/name"), "b.yaml")).model == "other/name"
+
+
 def test_what_is_not_said_is_the_default():
     preset = Preset.from_dict({"version": 1, "attention": "radial", "cache": "first_block", "quantize": "int8"})
     assert preset == Preset(method=Radial(), cache=Cache("first_block"), quantize=Quantize("int8"))
@@ -176,6 +201,9 @@ def test_names_stand_for_what_has_defaults():
     [
         ({}, "version", "version is missing: this vidaccel reads version 1"),
         ({"version": 2, "news": 1}, "version", "version is 2: this vidaccel reads version 1. Update vidaccel."),
+        ({"version": "1"}, "version", "version is '1': it must be a whole number. Write version: 1."),
+        ({"version": True}, "version", "version is True: it must be a whole number"),
+        ({"version": 1.0}, "version", "version is 1.0: it must be a whole number"),
         ({"version": 1, "cach": "first_block"}, "", "there is no cach; did you mean cache"),
         ({"version": 1, "cache": "first_blok"}, "cache", "first_blok: there is none of that name; did you mean first"),
         ({"version": 1, "cache": {"threshold": 1}}, "cache", "it has no name"),
@@ -231,14 +259,17 @@ def test_names_stand_for_what_has_defaults():
         ({"version": 1, "guidance_free": True}, "guidance_free", "is True: it must be a file or a list of them"),
         ({"version": 1, "guidance_free": {"file": "a"}}, "guidance_free", "a file must be a text that names it"),
         ({"version": 1, "loras": 5}, "loras", "is 5: it must be a file or a list of them"),
-        ({"version": 1, "loras": [5]}, "loras", "it must hold names and values (file, weight, target)"),
+        ({"version": 1, "loras": [5]}, "loras", "it must be a file, or hold names and values (file, weight, target)"),
         ({"version": 1, "loras": {"a": "b.safetensors"}}, "loras", "there is no a; there are file, weight, target"),
         ({"version": 1, "loras": {"file": "a", "weight": "x"}}, "loras.weight", "'x': it must be a finite number"),
         ({"version": 1, "scheduler": {"name": 5}}, "scheduler.name", "is 5: it must be a text"),
         ({"version": 1, "scheduler": {"name": "A", "settings": [1]}}, "scheduler.settings", "be names and values"),
         ({"version": 1, "cache": {"name": 5}}, "cache.name", "is 5: it must be a text"),
         ({"version": 1, "cache": {"name": "first_block", "settings": 5}}, "cache.settings", "must be names and values"),
-        ({"version": 1, "cache": 5}, "cache", "it must hold names and values"),
+        ({"version": 1, "cache": 5}, "cache", "it must be its name alone, or hold names and values (name, threshold"),
+        ({"version": 1, "compile": 3}, "compile", "it must be true, false, a mode, or hold names and values (mode, d"),
+        ({"version": 1, "attention": []}, "attention", "[]: it must be the name of a method, or hold names and values"),
+        ({"version": 1, "loras": [3]}, "loras", "3: it must be a file, or hold names and values (file, weight, targ"),
         ({"version": 1, "model": 5}, "model", "is 5: it must be a text"),
         ({"version": 1, "loras": [{"weight": 1}]}, "loras", "each needs a file"),
         ({"version": 1, "loras": [{"file": "a", "target": "vae"}]}, "loras.target", "'vae': it must be one of all"),
@@ -299,6 +330,22 @@ def test_files_that_cannot_be_read(tmp_path):
         load_preset(tmp_path / "a.yaml")
     with pytest.raises(PresetError, match="suffix"):
         save_preset(Preset(), tmp_path / "a.txt")
+    with pytest.raises(
+        PresetError, match=r"^.* is a folder, and there is no preset\.yaml in it\. Give a file, or the f"
+    ):
+        load_preset(tmp_path)
+
+
+def test_the_folder_of_a_tune_stands_for_its_preset(tmp_path):
+    file = save_preset(Preset(name="tuned", cache="forecast"), tmp_path / "preset.yaml")
+    assert load_preset(tmp_path) == load_preset(file)
+
+
+def test_only_a_text_is_told_how_yaml_takes_numbers():
+    for value, hint in (("1e-4", True), (float("nan"), False), ([1], False)):
+        with pytest.raises(PresetError, match="cache.threshold is .*: it must be a number") as raised:
+            Cache("first_block", value)
+        assert ("YAML" in str(raised.value)) is hint
 
 
 def test_those_of_the_package_can_be_read():
