@@ -50,7 +50,11 @@ class _Terminated(SystemExit):
 
 
 @contextlib.contextmanager
-def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: Collection[str] = ()) -> Iterator[None]:
+def one_line_errors(
+    interrupted: Callable[[], str] = lambda: _LOST,
+    arguments: Collection[str] = (),
+    by_blocks: bool = False,
+) -> Iterator[None]:
     """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C,
     143 for SIGTERM.
 
@@ -60,9 +64,12 @@ def one_line_errors(interrupted: Callable[[], str] = lambda: _LOST, arguments: C
     Args:
         interrupted: what to say after Ctrl-C or SIGTERM.
         arguments: fields of the request that are arguments of the command, where others have an option.
+        by_blocks: the option for `offload` that was given is that by blocks.
     """
 
     def name(field: str) -> str:
+        if by_blocks and field == "offload":
+            return option("offload_blocks")
         return field.upper() if field in arguments else option(field)
 
     import typer

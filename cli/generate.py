@@ -221,7 +221,7 @@ def generate_command(
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
     process = Process.this()
-    with one_line_errors(), speaking(process.first):
+    with one_line_errors(by_blocks=offload_blocks), speaking(process.first):
         if count := to_start(processes, process):
             raise typer.Exit(start(count))
         from ..generation.api import carry_out, check_files_of, check_outputs, compared
@@ -252,7 +252,7 @@ def generate_command(
             face_video,
             pipeline_arguments(pipeline_option or []),
         )
-        refuse_given({"warm_up": not (warm_up or compare)}, f"of {mention('compare')} alone")
+        refuse_given({"no_warm_up": not (warm_up or compare)}, f"of {mention('compare')} alone")
         check_file("out", out, ".mp4")
         page = out.with_name(f"{out.stem}.report.html") if compare and report is None else report
         check_outputs(out, page, compare)

@@ -80,7 +80,7 @@ def tune_command(
     Called again with the same --out, it goes on where it was interrupted; another budget begins with what is known.
     The exit code is 1 where nothing is within the budget.
     """
-    with one_line_errors(lambda: _kept(out)):
+    with one_line_errors(lambda: _kept(out), by_blocks=offload_blocks):
         from ..generation.tuning.api import PAGE, PRESET, tune
         from ..generation.tuning.result import FOUND, NOTHING
         from ..generation.tuning.space import CACHES, LEVERS, METHODS

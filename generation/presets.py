@@ -214,7 +214,7 @@ def check_beside(
         problem = f"cannot be used: {preset.name} is for another model: {'; '.join(differing)}"
         raise BadInput("preset", problem, f"Give another {mention('model')}, or another preset.")
     if preset.quantize is not None and (why := unquantised(offload)):
-        problem = f"by blocks cannot be had with {mention('quantize')}: {why}"
+        problem = f"cannot be had with {mention('quantize')} block by block: {why}"
         raise BadInput("offload", problem, "Offload whole parts: in 8 bits a transformer takes half.")
     if preset.compile is not None and (why := uncompiled(offload, device)):
         raise BadInput("compile", f"cannot be used: {why}", f"Leave {mention('compile')} out.")

@@ -119,6 +119,23 @@ def test_the_model_is_that_of_the_preset(vidaccel, tiny_model, tmp_path):
     assert other.exit_code == 2 and "gone" in other.stderr
 
 
+def test_the_folder_of_a_tune_and_a_model_beside_its_preset(vidaccel, tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "mine").symlink_to(tiny_model, target_is_directory=True)
+    text = "version: 1\nname: a\nmodel: mine\nloras: gone.safetensors\nattention: radial\nmeasured: {prompts: 4}\n"
+    (tmp_path / "tuned" / "preset.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    result = vidaccel("generate", "a dot", "--preset", "tuned", "--steps", 2, *SIZE, "--out", "a.mp4")
+    said = "Error: --preset cannot be used: loras is tuned/gone.safetensors: there is no such file or folder."
+    assert result.exit_code == 2 and said in result.stderr, result.output
+    options = ("--preset", "tuned", "--lora", "none", "--steps", 2, *SIZE, "--out", "a.mp4")
+    result = vidaccel("generate", "a dot", *options)
+    assert result.exit_code == 0 and "radial" in result.stdout, (result.output, result.exception)
+    assert "was measured with" not in result.stdout
+    result = vidaccel("generate", "a dot", *options, "--model", "demo")
+    assert "The preset a was measured with tuned/mine; with demo, its gain" in " ".join(result.stdout.split())
+
+
 def test_a_waterfall_of_another_model(vidaccel, tiny_model, tmp_path):
     preset = tmp_path / "a.yaml"
     preset.write_text("version: 1\nname: mine\nattention: radial\ncache: {name: first_block, threshold: 1000}\n")

@@ -59,7 +59,7 @@ def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch, n
         ((), "Error: --min-psnr is needed, or another bound. Give --max-error, --min-psnr or --max-time-ratio."),
         (("--max-error", 2), "Error: --max-error is 2.0: it must be above 0 and at most 1 (0.05 is 5 %)."),
         (("--min-psnr", 30, "--threads", 0), "Error: --threads is 0: it must be at least 1."),
-        (("--min-psnr", 30, "--device", "cpu", "--offload-blocks"), "Error: --offload"),
+        (("--min-psnr", 30, "--device", "cpu", "--offload-blocks"), "Error: --offload-blocks moves parts"),
         (("--min-psnr", 30, "--lever", "luck"), "Error: --lever is luck: there is none of that name;"),
         (
             ("--min-psnr", 30, "--effort", "thorogh"),

@@ -342,7 +342,7 @@ def test_layers_in_8_bits_are_not_offloaded_by_blocks():
     from vidaccel.generation.request import Settings
 
     preset, facts = with_levers(None, quantize="int8"), inspect_model("demo")
-    with pytest.raises(BadInput, match="offload by blocks cannot be had with quantize: .* Offload whole parts"):
+    with pytest.raises(BadInput, match="offload cannot be had with quantize block by block: .* Offload whole parts"):
         check_beside(preset, facts, Settings(PROMPT), "blocks")
     with pytest.raises(BadInput, match="compile cannot be used: offloading by blocks puts hooks .* Leave compile out"):
         check_beside(with_levers(None, compile=True), facts, Settings(PROMPT), "blocks")
