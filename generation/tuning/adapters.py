@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...pipelines.guidance_free.adapter_file import OWN_FILE
 from ...pipelines.presets.preset import OWN
 from ...pipelines.weight_files import transformer_file
 from ..errors import BadInput, mention
@@ -105,6 +104,8 @@ def _groups(facts: ModelFacts, adapters: Sequence[GuidanceFreeAdapter]) -> list[
 
 
 def _lever(job: Job, facts: ModelFacts, adapters: Sequence[GuidanceFreeAdapter]) -> AdapterLever:
+    from ...pipelines.guidance_free.adapter_file import OWN_FILE
+
     steps = None if adapters[0].sigmas is None else len(adapters[0].sigmas)
     check_guidance(adapters, facts, job.settings if steps is None else replace(job.settings, steps=steps))
     parts = transformers_of(facts)

@@ -161,7 +161,7 @@ def test_a_guess_at_its_settings():
         ("reduce-overhead", "compile is reduce-overhead: its mode must be one of default, max-autotune-no-cudagraphs"),
         ({"dynamic": 1}, "compile.dynamic is 1: it must be true or false"),
         ({"modus": "default"}, "compile: there is no modus; did you mean mode"),
-        (3, "compile is 3: it must hold names and values"),
+        (3, "compile is 3: it must be true, false, a mode, or hold"),
     ],
 )
 def test_bad_settings(given, message):
