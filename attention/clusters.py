@@ -161,18 +161,22 @@ def rank_pairs(
         q_sizes: `[B, H, Cq]`. k_sizes: `[B, H, Ck]`.
 
     Returns:
-        `error`, squared, of all queries of the cluster, float32; `rank`, that of a query for each key read beyond the
-        stand-in, -inf where there is none; `cost`, pairs beyond the stand-ins, int64. All `[B, H, Cq, Ck]`.
+        `error`, squared, of all queries of the cluster, float32; `rank`, the log of that of a query for each key read
+        beyond the stand-in, -inf where there is none; `cost`, pairs beyond the stand-ins, int64. All
+        `[B, H, Cq, Ck]`. As a log, since the square of the mass that sharp heads have left is below what float32 holds,
+        and so many pairs would be of one rank.
     """
     if use_kernels(k_sizes):  # of the tables the last dimension is clusters, of which there may be many
         from .kernels import spend as kernels
 
         return kernels.rank_pairs(mass, score_spread, value_spread, away, q_sizes, k_sizes)
+    least = torch.finfo(torch.float32).tiny
     mass = mass * (1 + 0.5 * score_spread)
-    left = mass.square() * score_spread * (value_spread + 0.5 * score_spread * away)
+    of_mass = score_spread * (value_spread + 0.5 * score_spread * away)
     rows, more = q_sizes.unsqueeze(-1), (k_sizes - 1).clamp(min=0).unsqueeze(-2)
     cost = rows * more
-    return rows.float() * left, (left / more.clamp(min=1)).masked_fill(cost == 0, -torch.inf), cost
+    rank = 2 * mass.clamp(min=least).log() + (of_mass / more.clamp(min=1)).clamp(min=least).log()
+    return rows.float() * (mass.square() * of_mass), rank.masked_fill(cost == 0, -torch.inf), cost
 
 
 def plan_with_text(queries: Clusters, keys: Clusters, selected: torch.Tensor, layout: VideoLayout) -> BlockPlan:

@@ -20,6 +20,7 @@ AIM = 0.97  # of a tolerance, so that what is nearly right is on its right side
 POWER = 1.2  # of the density, with which errors usually fall
 BETWEEN = (0.1, 0.9)  # of the way, in logarithms, from a density that does not fit to one that does
 LEAN = 0.3  # of the way to the other side, or one side would be approached from the other in ever smaller steps
+FALL = 0.9  # of the density of the call before is kept at least
 FAR = 4  # how many times too small an error no longer tells where in between
 
 
@@ -151,6 +152,24 @@ def within(
         tried = torch.where(high < 1, between, _beyond(low, low_error, aim, turn + 2))
     density = torch.where(alone, least, high)
     return density, torch.where(alone, least_error, high_error)
+
+
+def falling_slowly(
+    density: torch.Tensor, found: torch.Tensor, error: Callable[[torch.Tensor], torch.Tensor], before: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """At least nine tenths of the density of the call before, unless that was 1, where nothing else fitted.
+
+    Where attention is sharp, few queries have most of the error, and those that are measured may have none of it: the
+    lowest density that fits them is too low. But each call measures other queries.
+
+    Args:
+        density, found: of `within`, with its error. error: as there. before: of the call before, `[B]`.
+
+    Returns:
+        The density and its error, both `[B]`.
+    """
+    kept = torch.where(before < 1, torch.maximum(FALL * before, density), density)
+    return kept, torch.where(kept > density, error(kept), found)
 
 
 def _beyond(density: torch.Tensor, error: torch.Tensor, aim: float, reach: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import triton.language as tl
 from .launch import FUSED, on_device
 
 BLOCK = 1024  # pairs a program, and at a time
+LEAST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 def rank_pairs(
@@ -70,10 +71,12 @@ def _rank_kernel(
         away = tl.load(away_ptr + here, mask=inside, other=0.0)
         more = tl.maximum(tl.load(k_size_ptr + of_keys + at, mask=inside, other=0) - 1, 0)
         mass *= 1 + 0.5 * score_spread
-        left = mass * mass * score_spread * (value_spread + 0.5 * score_spread * away)
+        of_mass = score_spread * (value_spread + 0.5 * score_spread * away)
+        of_key = of_mass / tl.maximum(more, 1).to(tl.float32)
         cost = queries * more
-        rank = tl.where(cost == 0, float("-inf"), left / tl.maximum(more, 1).to(tl.float32))
-        tl.store(error_ptr + here, queries.to(tl.float32) * left, mask=inside)
+        rank = 2 * tl.log(tl.maximum(mass, LEAST)) + tl.log(tl.maximum(of_key, LEAST))
+        rank = tl.where(cost == 0, float("-inf"), rank)
+        tl.store(error_ptr + here, queries.to(tl.float32) * (mass * mass * of_mass), mask=inside)
         tl.store(rank_ptr + here, rank, mask=inside)
         tl.store(cost_ptr + here, cost, mask=inside)
 

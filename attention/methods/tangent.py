@@ -30,7 +30,7 @@ from ..probe import probe, read, spread_of
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from ..slopes import slopes_of
-from ..tolerance import ROWS, Measured, within
+from ..tolerance import ROWS, Measured, falling_slowly, within
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 # Video tokens. With the probe paid out of a density of .20, the error on the demo model is .054 at 576 tokens and .024
@@ -69,8 +69,11 @@ class Tangent(Method):
         density: pairs computed over all pairs, stand-ins and text included, the mean over heads, in (0, 1]. The probe
             is not in it: it is `1.5 * query clusters / tokens` of a dense call, in planning. Nor is the matrix.
         tolerance: instead: the error of the output, relative to the output, in (0, 1]; density then follows the
-            content. At each call it is measured on up to 32 queries of each head, and pairs are taken until it is
-            this. What all queries have differs from that as a sample does; what `precision="int8"` adds is not in it.
+            content. At each call it is measured on up to 32 other queries of each head, and pairs are taken until it is
+            this, but at least nine tenths of the density of the call before. What all queries have differs from that as
+            a sample does, and is more where attention is so sharp that few queries have most of the error: with such
+            heads made up, up to 3 times the tolerance at a first call, and twice at later ones. What `precision="int8"`
+            adds is not in it.
         q_clusters, k_clusters: of queries and of keys; when None those of `SVG2`, with up to 3 times the query clusters
             as long as they have 128 queries each: 300 and 495 at 75,600 tokens, with which the stand-ins of 40 heads of
             128 channels are 3.2 GiB in half precision (`table_bytes`), and 66 and 165 at 8,448.
@@ -242,12 +245,14 @@ class Tangent(Method):
                 q, k, v, of_text, queries, clusters, skipped, mass, spread.moves, centre, scale, calls, memory.heads
             )
             ranks, before = measured.of_tiles(pairs[1]), memory.call.get("tangent_density")
-            density, error = within(
-                self.tolerance,
-                lambda density: measured.error(budget.reads(ranks, density)),
-                budget.least,
-                None if before is None else before[:, 0],
-            )
+            before = None if before is None else before[:, 0]
+
+            def error_of(density: torch.Tensor) -> torch.Tensor:
+                return measured.error(budget.reads(ranks, density))
+
+            density, error = within(self.tolerance, error_of, budget.least, before)
+            if before is not None:
+                density, error = falling_slowly(density, error, error_of, before)
             selected = budget.reads(pairs[1], density)
             # By head, as all that is kept.
             memory.call["tangent_density"] = density.unsqueeze(-1).expand(-1, q.shape[1])

@@ -13,7 +13,7 @@ import vidaccel.attention.tolerance as TOLERANCE
 from vidaccel import Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.attention.groups import dense_attention
-from vidaccel.attention.tolerance import within
+from vidaccel.attention.tolerance import FALL, falling_slowly, within
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_from_call_to_call_it_is_met_whatever_was_before(probed, tolerance):
     """Also after calls in which stand-ins were enough, and where attention is sharp and the estimate far too low."""
     memory, rows = PlanMemory(), []
     method = Tangent(q_clusters=16, k_clusters=24, probe=probed, tolerance=tolerance)
-    for layout, q, k, v in changing([0.05, 0.05, 0.05, 1.0, 1.0, 3.0, 3.0, 8.0, 8.0, 1.0, 0.05]):
+    for layout, q, k, v in changing([0.05, 0.05, 0.05, 1.0, 1.0, 3.0, 3.0, 8.0, 8.0, 1.0, *[0.05] * 26]):
         plan = method.plan(q, k, v, layout, memory)
         true = error_of(sparse_attention(q, k, v, plan), F.scaled_dot_product_attention(q, k, v), layout)
         assert (plan.details["predicted_error"] <= tolerance).all()
@@ -99,6 +99,41 @@ def test_from_call_to_call_it_is_met_whatever_was_before(probed, tolerance):
     assert rows[0] == rows[1] == rows[2] < 0.1 < rows[7]
     assert rows[-1] < 0.1
     assert memory.call["tangent_density"].shape == (2, 2)  # by head, as all that moves with heads between processes
+
+
+@pytest.mark.parametrize("probed", [True, False])
+def test_sharp_heads_take_some_pairs_and_not_all(probed):
+    """The square of the mass that most clusters have there is 0 in float32: pairs would be of one rank."""
+    torch.manual_seed(0)
+    layout = VideoLayout(9, 8, 8)
+    near = torch.randn(40, 64)[torch.randint(0, 40, (layout.tokens,))]
+    x = torch.randn(1, 12, layout.tokens, 64) * 0.3 + near
+    q, k, v = 4 * x, 4 * (x + 0.1 * torch.randn_like(x)), torch.randn_like(x)
+    plan = Tangent(probe=probed, tolerance=0.05).plan(q, k, v, layout, PlanMemory())
+    assert 0.1 < plan.density() < 0.7
+
+
+def test_a_density_rises_at_once_and_falls_slowly():
+    least, tolerance, power = torch.tensor([0.05]), 0.02, {"errors": 0.002}
+
+    def error(density):
+        return power["errors"] / density * (density < 1)
+
+    def call(before):
+        return falling_slowly(*within(tolerance, error, least, before), error, before)
+
+    density, _ = within(tolerance, error, least, None)
+    assert 0.09 < density < 0.12
+    power["errors"] = 0.01  # as sharper attention has
+    higher, _ = call(density)
+    assert 0.45 < higher < 0.6
+    power["errors"] = 0.002
+    lower, found = call(higher)
+    assert lower == FALL * higher and found == error(lower)  # what is told is the error of what is taken
+    for _ in range(40):
+        lower, _ = call(lower)
+    assert 0.09 < lower < 0.12
+    assert call(torch.ones(1))[0] < 0.12  # where nothing else had fitted
 
 
 def test_a_call_with_nan_is_forgotten():
