@@ -10,6 +10,7 @@ import torch
 from .host_reads import place_in, read_once
 
 ROUNDING = 2**-7  # two units of bfloat16, to which some pipelines round the timestep they send
+_SPREADS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")  # by which `sigma_max` is read
 MAX_FLOW_SIGMA = 1.001  # noise levels of flow models end at 1, but for rounding
 
 
@@ -145,9 +146,17 @@ class Table:
 
 
 def highest_sigma(scheduler: object) -> float | None:
-    """The highest noise level of a scheduler as it is now; above `MAX_FLOW_SIGMA` they are not a flow's."""
+    """The highest noise level of a scheduler, as far as it shows; above `MAX_FLOW_SIGMA` they are not a flow's.
+
+    One that was not run yet may hold those of a flow and spread others over a run, from its setting `sigma_max` (Cosmos
+    Predict2).
+    """
     sigmas = getattr(scheduler, "sigmas", None)
-    return None if sigmas is None else float(torch.as_tensor(sigmas).max())
+    if sigmas is None:
+        return None
+    now, config = float(torch.as_tensor(sigmas).max()), getattr(scheduler, "config", None)
+    spreads = any(getattr(config, name, False) for name in _SPREADS)
+    return max(now, float(getattr(config, "sigma_max", None) or now)) if spreads else now
 
 
 def read_table(scheduler: object | None, known: Table | None) -> Table | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
@@ -38,7 +38,7 @@ from ..forecast.forecasts import Forecasts
 from ..forecast.hook import Forecast, reads_latents
 from .block_names import use_own_names
 from .dbcache import DBCache, check_dbcache
-from .errors import PresetError
+from .errors import PresetError, UnfitCacheError
 from .levers import CACHES, FORECAST, Cache, forecast_settings, unshared_cache
 from .loops import mend_loop
 from .only_cache import check_no_cache
@@ -200,21 +200,48 @@ class _Taylor(_OfDiffusers):
         )
         super().__init__(transformer, config, _TAYLORSEER_CACHE_HOOK)
         self._keep = False
+        self._states: dict[int, _MadeTensors] = {}  # by the identity of diffusers' states, which they hold
         self._hooks = list(_hooks_named(transformer, _TAYLORSEER_CACHE_HOOK))
         for hook in self._hooks:
             hook._measure_should_compute = functools.partial(self._computes, hook._measure_should_compute)
 
     def begin(self, steps: int | None) -> None:
+        self._states = {}
         for hook in self._hooks:  # each layer has its own states
             _forget(hook)
 
     @torch.compiler.disable
     def _computes(self, own: Callable[[], tuple[bool, Any]]) -> tuple[bool, Any]:
         compute, state = own()
-        return compute or self._keep, state
+        if id(state) not in self._states:
+            self._states[id(state)] = _MadeTensors(state)
+        return compute or self._keep, self._states[id(state)]
 
     def _decide(self, step: StepInfo, keep: bool) -> None:
         self._keep = keep
+
+
+class _MadeTensors:
+    """What diffusers' TaylorSeer keeps of a layer, told of the tensors alone that it made: blocks of Kandinsky 6 make
+    None beside them where there is no sound.
+
+    Args:
+        state: of a layer and a branch.
+    """
+
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self._there: list[bool] = []  # of each output of the last computed pass, whether it is a tensor
+
+    def update(self, outputs: Sequence[torch.Tensor | None]) -> None:
+        """Take what a computed pass made."""
+        self._there = [output is not None for output in outputs]
+        self._state.update(tuple(output for output in outputs if output is not None))
+
+    def predict(self) -> list[torch.Tensor | None]:
+        """What stands for a pass that is not computed."""
+        made = iter(self._state.predict())
+        return [next(made) if there else None for there in self._there]
 
 
 _BLOCKS = r"\w*block\w*\.\d+"
@@ -250,12 +277,11 @@ def install_cache(name: str, transformer: Any, cache: Cache, family: Family, clo
                 return Forecast(name, transformer, family.timestep, clock, Forecasts(forecast_settings(cache)))
             return _KINDS[cache.name](transformer, cache)
     except (ValueError, TypeError, AssertionError) as error:
-        instead = "Take another cache, or leave it out."
-        raise PresetError("cache", first_line(error).rstrip("."), instead, cache.name) from error
+        raise UnfitCacheError(first_line(error).rstrip("."), cache.name) from error
 
 
 def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
-    """Raise PresetError where a transformer cannot have a cache, before it has.
+    """Raise PresetError where a transformer cannot have a cache, before it has; UnfitCacheError where it never can.
 
     Args:
         part: name of the transformer.
@@ -268,17 +294,16 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
     if cache.name == FORECAST:
         if not reads_latents(transformer):
             problem = f"a {type(transformer).__name__} ({part}) does not say which of its inputs are the latents"
-            raise PresetError("cache", problem, "Take another cache, or leave it out.", cache.name)
+            raise UnfitCacheError(problem, cache.name)
         return
     if CACHES[cache.name].package:
         check_dbcache(part, transformer, layers, cache)
         return
     kind = type(transformer).__name__
-    instead = "Take another cache, such as cache_dit, or leave it out."
     if not isinstance(transformer, CacheMixin):
-        raise PresetError("cache", f"diffusers has no caches for a {kind} ({part})", instead, cache.name)
+        raise UnfitCacheError(f"diffusers has no caches for a {kind} ({part})", cache.name)
     if cache.name == "taylorseer":
-        _check_extrapolates(kind, transformer, cache, instead)
+        _check_extrapolates(kind, transformer, cache)
         return
     blocks = [
         block
@@ -293,10 +318,10 @@ def check_cache(part: str, transformer: Any, layers: int, cache: Cache) -> None:
             TransformerBlockRegistry.get(type(block))
         except ValueError:
             problem = f"diffusers does not know the {type(block).__name__} of a {kind} to its caches"
-            raise PresetError("cache", problem, instead, cache.name) from None
+            raise UnfitCacheError(problem, cache.name) from None
     if cache.name == "seacache" and not _sea_reads(transformer):
         problem = f"diffusers' SeaCache reads Wan without channels beside its own, and Cosmos 3, not this {kind}"
-        raise PresetError("cache", problem, "Take first_block.", cache.name)
+        raise UnfitCacheError(problem, cache.name)
 
 
 def check_whole(part: str, transformer: Any, cache: str) -> None:
@@ -310,7 +335,7 @@ def check_whole(part: str, transformer: Any, cache: str) -> None:
         raise PresetError("cache", problem, "Take forecast, or leave the cache or enable_parallelism out.", cache)
 
 
-def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache, instead: str) -> None:
+def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache) -> None:
     """TaylorSeer finds layers by their names."""
     what = {
         "blocks that could be skipped": any(re.fullmatch(_BLOCKS, name) for name, _ in transformer.named_modules()),
@@ -318,7 +343,7 @@ def _check_extrapolates(kind: str, transformer: torch.nn.Module, cache: Cache, i
     }
     missing = next((name for name, there in what.items() if not there), "")
     if missing:
-        raise PresetError("cache", f"a {kind} has no {missing} under a known name", instead, cache.name)
+        raise UnfitCacheError(f"a {kind} has no {missing} under a known name", cache.name)
 
 
 def _sea_reads(transformer: Any) -> bool:

@@ -36,8 +36,8 @@ from ..tiny_decoder.source import TinyDecoderError, check_own, find_decoder
 from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache
 from .compiling import check_compile
-from .errors import PresetError
-from .levers import CACHES, FORECAST, SchedulerChoice
+from .errors import PresetError, UnfitCacheError
+from .levers import CACHES, FORECAST, Cache, SchedulerChoice
 from .loras import check_loras
 from .only_cache import check_no_cache
 from .packages import check_packages
@@ -81,14 +81,10 @@ def check_preset(pipe: Any, preset: Preset, base: str | Path | None) -> Checked:
             check_quantize(name, transformer, family, preset.quantize)
         if preset.compile is not None:
             check_compile(pipe, name, transformer, family)
-        if preset.cache is not None:
-            check_cache(name, transformer, len(family.modules(transformer)), preset.cache)
-            _check_inside(name, transformer, family, preset.cache.name)
-        elif preset.method is not None and preset.method.schedule != DenseSchedule():
+        if preset.cache is None and preset.method is not None and preset.method.schedule != DenseSchedule():
             check_no_cache(name, transformer, "method", preset.method.name)
-    if preset.cache is not None and preset.cache.name == FORECAST and not tells_levels(scheduler):
-        problem = f"a {type(scheduler).__name__} does not tell how much noise is in a step"
-        raise PresetError("cache", problem, "Take another cache, such as taylorseer.", FORECAST)
+    if preset.cache is not None:
+        _check_cache(parts, preset.cache, scheduler)
     _check_method(parts, preset, scheduler)
     return Checked(parts, notes, _decoder(pipe, preset))
 
@@ -272,6 +268,34 @@ def _check_guidance_cache(pipe: Any, preset: Preset, parts: Mapping[str, tuple[A
         raise PresetError("guidance_cache", str(error).rstrip(".")) from error
     if preset.cache is not None and (problem := apart_from_caches(parts, preset.cache.name)):
         raise PresetError("guidance_cache", problem, "Leave one of both out.")
+
+
+def _check_cache(parts: Mapping[str, tuple[Any, Family]], cache: Cache, scheduler: Any) -> None:
+    """Raise PresetError for a cache that cannot be used, with one that can."""
+    try:
+        _check_fits(parts, cache, scheduler)
+    except UnfitCacheError as error:
+        other = next((f", such as {name}" for name in CACHES if _fits(parts, name, scheduler)), "")
+        raise PresetError("cache", error.problem, f"Take another cache{other}, or leave it out.", cache.name) from None
+
+
+def _check_fits(parts: Mapping[str, tuple[Any, Family]], cache: Cache, scheduler: Any) -> None:
+    for name, (transformer, family) in parts.items():
+        check_cache(name, transformer, len(family.modules(transformer)), cache)
+        _check_inside(name, transformer, family, cache.name)
+    if cache.name == FORECAST and not tells_levels(scheduler):
+        raise UnfitCacheError(f"a {type(scheduler).__name__} does not tell how much noise is in a step", cache.name)
+
+
+def _fits(parts: Mapping[str, tuple[Any, Family]], cache: str, scheduler: Any) -> bool:
+    """Whether a cache can be used with the settings that it has by itself."""
+    if CACHES[cache].package:
+        return False  # what another package has for a model shows where it is put in
+    try:
+        _check_fits(parts, Cache(cache), scheduler)
+    except PresetError:
+        return False
+    return True
 
 
 def _check_inside(part: str, transformer: Any, family: Family, cache: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ...attention import StepInfo
 from ..beside_hooks import beside_hooks
-from .errors import PresetError
+from .errors import PresetError, UnfitCacheError
 from .levers import Cache
 from .only_cache import library_cache
 
@@ -104,7 +104,7 @@ def check_dbcache(part: str, transformer: Any, layers: int, cache: Cache) -> Non
     for what, there in left_out.items():
         if there:
             problem = f"cache-dit has no place for {what} in a {kind} ({part})"
-            raise PresetError("cache", problem, "Leave it out.", cache.name)
+            raise UnfitCacheError(problem, cache.name)
     first, last = cache.settings.get("Fn_compute_blocks", 8), cache.settings.get("Bn_compute_blocks", 0)
     if first + last >= layers:  # it computes 8 blocks of each step unless it is told otherwise
         problem = (

@@ -21,3 +21,14 @@ class PresetError(ValueError):
 
     def __reduce__(self) -> tuple:
         return PresetError, (self.lever, self.problem, self.fix, self.value)
+
+
+class UnfitCacheError(PresetError):
+    """A cache that a model or its scheduler cannot have, whatever its settings are.
+
+    Args:
+        problem: see `PresetError`. cache: its name.
+    """
+
+    def __init__(self, problem: str, cache: str) -> None:
+        super().__init__("cache", problem, "Take another cache, or leave it out.", cache)

@@ -113,6 +113,27 @@ def test_what_cannot_be_forecast_is_told_and_computed(case, monkeypatch):
     assert latents(pipe, case, case.sizes[0], **steps).equal(plain)
 
 
+@pytest.mark.parametrize(
+    ("name", "cache", "instead"),
+    [
+        ("Cosmos2VideoToWorldPipeline", "forecast", "another cache,"),  # no other one is for it either
+        ("EasyAnimatePipeline", "taylorseer", "another cache, such as forecast,"),
+        ("WanAnimatePipeline", "seacache", "another cache, such as forecast,"),
+    ],
+)
+def test_a_cache_that_is_named_in_the_place_of_another_can_be_used(name, cache, instead):
+    """By the scheduler too, before the first call of the pipeline as after it."""
+    case = next(case for case in CASES if case.runs == name)
+    pipe = built(case)
+    for _ in range(2):
+        with pytest.raises(PresetError) as raised:
+            vidaccel.apply(pipe, Preset(cache=cache))
+        assert raised.value.fix == f"Take {instead} or leave it out."
+        if "such as " in instead:
+            vidaccel.apply(pipe, Preset(cache=instead.split("such as ")[1].rstrip(","))).remove()
+        latents(pipe, case, case.sizes[0])
+
+
 def test_the_guidance_of_ltx_2_bends_the_way_a_little(monkeypatch):
     """It rescales what it makes, by the latents."""
     case = next(case for case in CASES if case.runs == "LTX2Pipeline")

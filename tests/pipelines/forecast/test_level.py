@@ -59,5 +59,11 @@ def test_schedulers_that_tell_no_level():
     edm = diffusers.EDMEulerScheduler()
     assert tells_levels(flow) and tells_levels(diffusers.DDIMScheduler())
     assert not tells_levels(edm) and not tells_levels(None)
+    spread = {"use_karras_sigmas": True, "sigma_max": 80.0, "sigma_min": 0.002}  # Cosmos Predict2, as it was made
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    flow.register_to_config(**spread)
+    assert float(flow.sigmas.max()) == 1.0 and not tells_levels(flow)
+    flow.register_to_config(use_karras_sigmas=False)  # then that is not read
+    assert tells_levels(flow)
     assert level_of(edm, None, 1.0) is None and level_of(None, None, 1.0) is None
     assert level_of(diffusers.DDIMScheduler(), None, 5000.0) is None

@@ -93,6 +93,20 @@ def test_of_the_same_input_a_skipped_pass_makes_what_the_computed_one_made(famil
     assert all(a.equal(b) for a, b in zip(outputs(tiny.model, tiny.given), plain, strict=True))
 
 
+def test_kandinsky_6_without_sound():
+    """Its blocks make None beside the video then."""
+    tiny = build("kandinsky6", 4)
+    tiny.given["audio_hidden_states"] = None
+    branches = {"cond": {}, "uncond": other(tiny)}
+    plain = {branch: outputs(tiny.model, tiny.given | changes) for branch, changes in branches.items()}
+    at_work = AtWork(tiny, "taylorseer")
+    for step in range(2):
+        for branch, changes in branches.items():
+            assert_close(at_work.run(step, branch, **changes), plain[branch])
+    at_work.cache.remove()
+    assert outputs(tiny.model, tiny.given)[0].equal(plain["cond"][0])
+
+
 @keeps_residuals
 @pytest.mark.parametrize(("family", "more"), MENDED)
 def test_models_whose_loop_does_more(family, more, name):
