@@ -98,7 +98,9 @@ class DenseSchedule:
             num_steps: steps of the run, None when unknown. num_layers: blocks of the model.
         """
         if reason := self.nothing_sparse(num_steps, num_layers):
-            return f"{self}: {reason}, so nothing will be sparse"
+            # A call of a pipeline may have longer runs beside this one, of other sizes.
+            where = f" in runs of {num_steps} steps" if self._all_steps(num_steps) else ""
+            return f"{self}: {reason}, so nothing will be sparse{where}"
         layers = any(_count(value, num_layers) for value in (self.first_layers, self.last_layers))
         bounds = any(bound is not None for bound in (self.sigma_above, self.sigma_below))
         never = (self.sigma_above in (None, 1)) and (self.sigma_below in (None, 0))
@@ -108,15 +110,18 @@ class DenseSchedule:
 
     def nothing_sparse(self, num_steps: int | None, num_layers: int) -> str:
         """Why every call of a run stays dense; empty where some may be sparse, as far as is known. Args: as above."""
-        steps = None if num_steps is None else sum(self.steps_of(num_steps))
         layers = sum(_count(value, num_layers) for value in (self.first_layers, self.last_layers))
         bounds = [b for b in (self.sigma_above, self.sigma_below) if b is not None]
         all_levels = self._all_above or self._all_below or (len(bounds) == 2 and bounds[0] < bounds[1])
         if layers >= num_layers:
             return f"all {num_layers} layers stay dense"
-        if steps is not None and steps >= num_steps:
+        if self._all_steps(num_steps):
             return f"all {num_steps} steps stay dense"
         return "every noise level stays dense" if all_levels else ""
+
+    def _all_steps(self, num_steps: int | None) -> bool:
+        """Whether all steps of a run of so many stay dense by their number."""
+        return num_steps is not None and sum(self.steps_of(num_steps)) >= num_steps
 
     def steps_of(self, num_steps: int) -> tuple[int, int]:
         """How many steps at the start and at the end of a run stay dense, fractions resolved.

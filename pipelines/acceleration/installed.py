@@ -211,7 +211,11 @@ class Installed(CopiedNotPickled):
             if error.field == "density" and error.least is not None and error.least < 1:
                 # At the least density nothing of the video would be read: the same share of the rest is worth a try.
                 enough = math.ceil(100 * (1 - (1 - error.least) * (1 - error.value))) / 100
-                why += f'. accelerate(pipe, "{name}", density={enough:g}) computes {error.value:g} of all other pairs'
+                if enough < 1:
+                    instead = f'accelerate(pipe, "{name}", density={enough:g})'
+                    why += f". {instead} computes {error.value:g} of all other pairs"
+                else:
+                    why += ". So little is left to leave out that sparse attention has nothing to gain here"
             # Not once more for each length of text, which many prompts would fill the report with.
             return f"{name} cannot do this video", self._beyond.setdefault(layout.grid, why)
         return None

@@ -12,6 +12,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from ...attention import StepInfo
+from ...attention.records import call_of
 from ..acceleration.clock import StepClock
 from ..acceleration.scheduler_table import Timestep
 from ..beside_hooks import beside_hooks
@@ -44,6 +45,9 @@ class Forecast(ModelHook):
         self._step, self._keep, self._why = StepInfo(), False, ""
         # Branch -> what a computed pass gave, without its numbers, and the shapes of what it was given.
         self._forms: dict[str, tuple[Any, list[torch.Size]]] = {}
+        # Of the call of the pipeline that goes on: its runs, and the estimated errors of those before this one.
+        self._call, self._runs = -1, 0
+        self._errors: list[float] = []
         self._given: tuple[Level, list[torch.Tensor]] | None = None  # of the pass that is computed
         self.left_out = False
         """Whether the last pass was."""
@@ -52,25 +56,31 @@ class Forecast(ModelHook):
 
     def begin(self, steps: int | None) -> None:
         """See `CacheAtWork`."""
+        self._errors += self._forecasts.errors
+        self._runs += 1
         self._forecasts.begin()
         self._forms, self._why = {}, ""
 
     def enter(self, step: StepInfo, keep: bool) -> None:
         """See `CacheAtWork`."""
+        if call_of(step) != self._call:
+            self._call, self._errors, self._runs = call_of(step), [], 1
         self._step, self._keep, self.left_out = step, keep, False
 
     def notes(self) -> list[str]:
-        """Why nothing could be forecast, or how far off the forecasts of the last run are estimated to be."""
-        if self._why:
+        """Why nothing could be forecast, or how far off the forecasts of the last call are estimated to be."""
+        errors = [*self._errors, *self._forecasts.errors]
+        if self._why and not errors:
             return [f"forecast: every step of the {self._name} was computed, because {self._why}"]
-        if not (errors := self._forecasts.errors):
+        if not errors:
             known = [error for error in self._forecasts.refused if math.isfinite(error)]
             best = f"forecast: the best one for the {self._name} is estimated to be off by"
             return [f"{best} {min(known):.3g}"] if known else []
         mean, most = statistics.fmean(errors), max(errors)
+        where = "the last run" if self._runs == 1 else f"the {self._runs} runs of the last call"
         return [
-            f"forecast: {len(errors)} steps of the {self._name} in the last run; what it makes in them is estimated to "
-            f"be off by {mean:.3f} of its size, {most:.3f} at most"
+            f"forecast: {len(errors)} steps of the {self._name} in {where}; what it makes in them is estimated to be "
+            f"off by {mean:.3f} of its size, {most:.3f} at most"
         ]
 
     def agree_by(self, agree: Callable[[float, torch.device], float] | None) -> None:
@@ -126,9 +136,12 @@ class Forecast(ModelHook):
         return with_tensors(form, ahead)
 
     def _level(self, step: StepInfo, given: Mapping[str, Any]) -> Level | None:
-        timestep = Timestep.of(torch.as_tensor(given[self._timestep])).value if step.sigma is None else 0.0
+        timestep = None if step.sigma is not None else Timestep.of(torch.as_tensor(given[self._timestep]))
+        if timestep is not None and timestep.per_frame and timestep.high != timestep.low:
+            self._why = "its frames have noise levels of their own"
+            return None
         scheduler = self._clock.scheduler
-        level = level_of(scheduler, step.sigma, timestep)
+        level = level_of(scheduler, step.sigma, 0.0 if timestep is None else timestep.value)
         if level is None and step.num_steps is None and scheduler is not None and tells_levels(scheduler):
             self._why = "it was called outside of calls of the pipeline, with another scheduler than its own"
         elif level is None:

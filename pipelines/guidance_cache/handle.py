@@ -31,7 +31,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
     function = "guidance_cache"
     without = "makes all passes"
 
-    def __init__(self, pipe: Any, settings: GuidanceCache, logs: bool = True) -> None:
+    def __init__(self, pipe: Any, settings: GuidanceCache, logs: bool = True, by: str = function) -> None:
         transformers = check_guidance_cache(pipe)
         self.settings, self._logs = settings, logs
         hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
@@ -42,7 +42,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
             place, differences = _Place(clock, name, transformer, family), self._differences[name]
             hook: LeftOutPasses | LeftOutSamples
             if family.branches == TWO:
-                hook = LeftOutPasses(name, place, differences)
+                hook = LeftOutPasses(name, by, place, differences)
             else:
                 hook = LeftOutSamples(place, family.branches[0], self._guided[name], differences)
             hooked[name] = (transformer, hook)
@@ -61,7 +61,8 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
                     "of two videos and not two branches of one: they were computed in full"
                 )
             if not steps and not unknown and not hook.unlike:
-                found.append(f"guidance cache: no step of the {name} had two branches of guidance")
+                what = "had two branches of guidance" if hook.steps else "was made"
+                found.append(f"guidance cache: no step of the {name} {what}")
             elif uncounted := self._differences[name].uncounted:
                 found.append(
                     f"guidance cache: {uncounted} of {steps} steps of the {name} made both passes of guidance, because "
@@ -70,10 +71,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
                     "whole number of first_steps"
                 )
             elif hook.made and hook.made == steps:
-                found.append(
-                    f"guidance cache: all {steps} steps of the {name} made both passes of guidance: make more steps, "
-                    "or lower first_steps"
-                )
+                found.append(f"guidance cache: {self._all_made(name, steps, hook.steps)}")
             elif steps:
                 told = f"guidance cache: the {name} made {hook.made} of {steps} second passes of guidance"
                 if hook.skipped:
@@ -81,13 +79,23 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
                 found.append(told)
         return found
 
+    def _all_made(self, name: str, guided: int, steps: int) -> str:
+        """What to say where all second passes were made, of `guided` of the `steps` of a transformer."""
+        asked = self.settings.first_steps
+        can_fall = asked > 0 if isinstance(asked, float) else asked > 2  # two make both, whatever it says
+        if guided < steps:
+            fix = "lower first_steps" if can_fall and guided > 2 else "they are too few for one to be left out"
+            return f"guidance was at work in {guided} of {steps} steps of the {name}, which made both passes: {fix}"
+        fewer = ", or lower first_steps" if can_fall else ""
+        return f"all {steps} steps of the {name} made both passes of guidance: make more steps{fewer}"
+
     def _replaced(self) -> list[str]:
         return super()._replaced() if self._logs else []  # else the preset tells it
 
     def reset(self) -> None:
         """Count from here."""
         for _, hook in self._hooked.values():
-            hook.made = hook.extrapolated = hook.skipped = hook.unlike = 0
+            hook.made = hook.extrapolated = hook.skipped = hook.unlike = hook.steps = 0
         for guided in self._guided.values():
             guided.forget()
         for differences in self._differences.values():

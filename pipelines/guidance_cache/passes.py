@@ -22,14 +22,22 @@ class LeftOutPasses(ModelHook):
 
     Args:
         model: name of the component, for messages.
+        function: of this package that puts it on, for messages.
         place: tells the step of a pass from its arguments.
         differences: of this transformer.
     """
 
     handle: HandleOf
 
-    def __init__(self, model: str, place: Callable[[Any, tuple, dict[str, Any]], StepInfo], differences: Differences):
+    def __init__(
+        self,
+        model: str,
+        function: str,
+        place: Callable[[Any, tuple, dict[str, Any]], StepInfo],
+        differences: Differences,
+    ) -> None:
         super().__init__()
+        self._function = function
         self._model, self._place, self._differences = model, place, differences
         # Of the first pass what it was given, what it gave, and whether it was computed.
         self._first: tuple[StepInfo, Any, Any, bool] | None = None
@@ -39,6 +47,8 @@ class LeftOutPasses(ModelHook):
         """Second passes that were computed, that were extrapolated, and that a cache over steps left out."""
         self.unlike = 0
         """Passes outside of calls that came second in a step, and are of another video than the first."""
+        self.steps = 0
+        """First passes, of steps that are guided and of others."""
 
     def install(self, transformer: torch.nn.Module) -> None:
         """Put it on a transformer."""
@@ -54,14 +64,13 @@ class LeftOutPasses(ModelHook):
         # diffusers puts it in by closures over the original, which the copy would compute with.
         raise TypeError(
             f"the {self._model} has a guidance cache, whose hook cannot be copied: call remove() on its handle (or "
-            "vidaccel.restore(pipe)) before copying, and guidance_cache with the copy. A pipeline that shares the "
+            f"vidaccel.restore(pipe)) before copying, and {self._function} with the copy. A pipeline that shares the "
             "transformer, as of from_pipe, needs no copy and has it with it."
         )
 
     @torch.compiler.disable
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The pass, or what stands for it."""
-        check_outermost(module, GUIDANCE_CACHE_HOOK, self._model, "guidance_cache")
         forward = self.fn_ref.original_forward
         if torch.is_grad_enabled():
             self.left_out = False
@@ -70,11 +79,13 @@ class LeftOutPasses(ModelHook):
         self.left_out = False
         first, self._first = self._first, None  # an error leaves no half step behind
         if step.branch == TWO[0]:
+            self.steps += 1
             made = forward(*args, **kwargs)
             self._first = (step, latents_of(args, kwargs), made, not a_cache_left_it_out(module))
             return made
         if first is None or step.branch != TWO[1] or (first[0].run, first[0].step) != (step.run, step.step):
             return forward(*args, **kwargs)
+        check_outermost(module, GUIDANCE_CACHE_HOOK, self._model, self._function)
         if not are_of_one_video(first[1], latents_of(args, kwargs)):
             self.unlike += 1
             return forward(*args, **kwargs)

@@ -49,6 +49,8 @@ class LeftOutSamples:
         """Halves that were computed, that were left out, and that a cache over steps left out, which is refused."""
         self.unlike = 0
         """Passes outside of calls whose halves are of two videos."""
+        self.steps = 0
+        """Passes of steps that are guided and of others."""
         self._hooks: list[RemovableHandle] = []
 
     def install(self, transformer: torch.nn.Module) -> None:
@@ -72,6 +74,7 @@ class LeftOutSamples:
         if step is None:
             return args, kwargs
         batch = samples_in(args, kwargs)
+        self.steps += step.branch == self._branch
         if step.branch != self._branch or batch % 2 or not self._guided(step):
             return args, kwargs
         latents = latents_of(args, kwargs)

@@ -28,7 +28,7 @@ from .checks import Checked, check_preset, chosen_scheduler
 from .compiling import compile_blocks
 from .errors import PresetError
 from .files import load_preset
-from .idle import idle_note
+from .idle import dense_note, idle_note
 from .levers import FORECAST
 from .loras import LorasAtWork
 from .only_cache import OnlyCache
@@ -130,7 +130,7 @@ class Applied:
             self._undo.append(watch)
             self._watches.append(watch)
         if preset.guidance_cache is not None:  # around the caches, which must not see passes that are not made
-            self._guidance = CachedGuidance(pipe, preset.guidance_cache, logs=False)
+            self._guidance = CachedGuidance(pipe, preset.guidance_cache, logs=False, by="apply")
             self._undo.append(self._guidance)
 
     def _changed(self) -> list[str]:
@@ -180,8 +180,8 @@ class Applied:
             notes.append(idle)
         if sparse is not None:
             notes += sparse.notes
-            if steps and all(step.attention in ("dense", "-") for step in steps):
-                notes.append("no step was sparse: the schedule kept some dense, and the cache skipped all others")
+            if dense := dense_note(steps, passes, sparse.records):
+                notes.append(dense)
         return Account(self.preset.name, self.preset.levers(), steps, sparse, tuple(dict.fromkeys(notes)))
 
     def _changed_since(self) -> list[str]:

@@ -1,14 +1,16 @@
-"""What an account says of a cache that skipped nothing: it costs time then, and gives none."""
+"""What an account says of levers that did nothing: a cache that skipped no pass, a method that made no step sparse."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ...attention.records import CallRecord
 from .levers import CACHES, Cache
 
 if TYPE_CHECKING:
-    from .account import PassRecord
+    from .account import PassRecord, StepAccount
 
 
 def idle_note(cache: Cache, passes: Iterable[PassRecord]) -> str:
@@ -34,3 +36,21 @@ def idle_note(cache: Cache, passes: Iterable[PassRecord]) -> str:
     kept = sum(bool(p.kept) for p in later)
     beside = f" (the schedule keeps {kept} of its {len(later)} passes dense)" if kept else ""
     return f"{note}{CACHES[cache.name].skips_more}{beside}"
+
+
+def dense_note(steps: Sequence[StepAccount], passes: Sequence[PassRecord], calls: Iterable[CallRecord]) -> str:
+    """Why no step was sparse, though a method is at work; "" where one was.
+
+    Args:
+        steps: that were made. passes: of all transformers. calls: of sparse attention.
+    """
+    if not steps or any(step.attention not in ("dense", "-") for step in steps):
+        return ""
+    left_out = any(p.skipped and not p.extrapolated for p in passes)
+    computed = [p for p in passes if not p.skipped]
+    if left_out and computed and all(p.kept for p in computed):
+        return "no step was sparse: the schedule kept some dense, and the cache skipped all others"
+    reasons = Counter(call.reason for call in calls if call.reason)
+    told = ", ".join(f"{reason} ({count} calls)" for reason, count in reasons.items())
+    others = "; the cache skipped the other steps" if left_out else ""
+    return f"no step was sparse, because of: {told}{others}"
