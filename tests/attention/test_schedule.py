@@ -71,6 +71,11 @@ def test_a_schedule_in_which_nothing_is_ever_sparse_or_dense_says_so(schedule, m
     assert message in warning and bool(warning) == bool(message)
 
 
+def test_all_steps_of_a_short_run_are_not_those_of_the_others():
+    assert DenseSchedule(first_steps=1).warning(1, 10).endswith("so nothing will be sparse in runs of 1 steps")
+    assert DenseSchedule(first_layers=10).warning(1, 10).endswith("so nothing will be sparse")
+
+
 def test_unknown_number_of_steps_is_an_error_only_where_it_is_needed():
     assert DenseSchedule(first_steps=3).dense_reason(StepInfo(step=1), 0, 1) == "first steps"
     for schedule in (DenseSchedule(first_steps=0.3), DenseSchedule(last_steps=1)):

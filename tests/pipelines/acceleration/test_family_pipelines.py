@@ -298,6 +298,17 @@ def test_a_guidance_pass_that_leaves_out_attention():
         assert not [n for n in handle.report().notes if "a cache" in n]
 
 
+def test_a_history_that_is_nearly_all_of_the_video_leaves_nothing_to_gain():
+    """Nor is a density advised with which nothing would be left out."""
+    case = case_of("HeliosPyramidPipeline")
+    pipe = built(case)
+    with accelerate(pipe, min_tokens=0) as handle:
+        latents(pipe, case, case.sizes[0])
+        notes = [note for note in handle.report().notes if "all calls of a forward pass stay dense" in note]
+    assert any(note.endswith("sparse attention has nothing to gain here") for note in notes)
+    assert not any("density=1)" in note for note in notes)
+
+
 def test_a_cache_that_leaves_out_a_branch_of_the_batch():
     """FasterCache computes only the conditional branch in every second step, whose text is longer."""
     case = case_of("MochiPipeline")

@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "acceleration"))
 from test_family_pipelines import CASES, built, latents
 
 LEFT = {
-    "SkyReelsV2DiffusionForcingPipeline": "the best one for",  # frames at levels of their own, which is told below
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "does not tell how much noise",
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "does not tell how much noise",
+    "SkyReelsV2DiffusionForcingPipeline": "the best one for",  # each frame is stepped by a scheduler of its own
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": "frames have noise levels of their own",
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": "frames have noise levels of their own",
     "HeliosPyramidPipeline": "",  # of a few steps for each size, all are the first ones
     "LTXConditionPipeline": "the best one for",  # the conditions get new noise at each step
     "LTX2Pipeline": "the best one for",  # see the last test
@@ -111,6 +111,33 @@ def test_what_cannot_be_forecast_is_told_and_computed(case, monkeypatch):
     handle.remove()
     assert account.counts()["skipped"] == 0 and any(LEFT[case.runs] in note for note in account.notes)
     assert latents(pipe, case, case.sizes[0], **steps).equal(plain)
+
+
+def test_frames_that_go_their_ways_one_after_another_are_not_forecast():
+    """Diffusion forcing has them at one level together, or in groups."""
+    case = next(case for case in CASES if case.runs == "SkyReelsV2DiffusionForcingPipeline")
+    pipe = built(case)
+    with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 1e3))) as handle:
+        latents(pipe, case, case.sizes[0], num_inference_steps=8)
+        assert handle.report().counts()["skipped"] >= 6
+        handle.reset()
+        latents(pipe, case, case.sizes[0], num_inference_steps=8, causal_block_size=1, ar_step=2)
+        account = handle.report()
+    assert account.counts()["skipped"] == 0 and any("noise levels of their own" in note for note in account.notes)
+
+
+def test_all_runs_of_a_call_are_told():
+    """Helios makes its chunks one after another."""
+    case = next(case for case in CASES if case.runs == "HeliosPipeline")
+    pipe = built(case)
+    with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 1e3))) as handle:
+        for _ in range(2):
+            latents(pipe, case, case.sizes[0], num_inference_steps=8)
+        account = handle.report().last()
+    left_out = sum(not step.computed for step in account.steps)
+    assert account.runs() == [2, 3] and left_out > 4
+    (note,) = (note for note in account.notes if "what it makes" in note)
+    assert note.startswith(f"forecast: {left_out} steps of the transformer in the 2 runs of the last call; ")
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,35 @@ def test_without_guidance_nothing_changes():
         assert handle.notes() == ["guidance cache: no step of the transformer had two branches of guidance"]
 
 
+@pytest.mark.parametrize(
+    ("first_steps", "guided", "fix"),
+    [
+        (0, 2, "they are too few for one to be left out"),
+        (0.2, 2, "they are too few for one to be left out"),
+        (0.2, 4, "lower first_steps"),
+    ],
+)
+def test_guidance_that_stops_during_a_run(first_steps, guided, fix):
+    def stop(pipe, step, timestep, tensors):
+        if step == guided - 1:
+            pipe._guidance_scale = 1.0
+        return tensors
+
+    pipe = make_pipe()
+    with guidance_cache(pipe, 2, first_steps=first_steps) as handle:
+        generate(pipe, steps=20, callback_on_step_end=stop)
+        (note,) = handle.notes()
+    told = f"guidance was at work in {guided} of 20 steps of the transformer, which made both passes: {fix}"
+    assert note == f"guidance cache: {told}"
+
+
+def test_a_transformer_whose_steps_never_come():
+    pipe = make_pipe(transformer_2=make_transformer(seed=1), boundary_ratio=0.0)
+    with guidance_cache(pipe, 2) as handle:
+        generate(pipe, steps=6)
+        assert handle.notes()[1] == "guidance cache: no step of the transformer_2 was made"
+
+
 def test_each_run_begins_anew():
     pipe = make_pipe()
     with guidance_cache(pipe, 2) as handle:
@@ -370,7 +399,14 @@ def test_a_hook_around_it_is_refused():
     pipe = make_pipe()
     with guidance_cache(pipe):
         pipe.transformer.enable_cache(SeaCacheConfig(threshold=0.1))
+        plain = generate(pipe, guidance_scale=1.0)  # has no second pass
         with pytest.raises(RuntimeError, match="sea_cache_root was put on transformer after guidance_cache"):
+            generate(pipe)
+        assert generate(pipe, guidance_scale=1.0).equal(plain)
+    pipe.transformer.disable_cache()
+    with vidaccel.apply(pipe, Preset(guidance_cache=2)):
+        pipe.transformer.enable_cache(SeaCacheConfig(threshold=0.1))
+        with pytest.raises(RuntimeError, match=r"after apply, .* remove\(\) the handle and call apply again, last"):
             generate(pipe)
 
 

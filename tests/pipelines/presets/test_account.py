@@ -338,6 +338,21 @@ def test_the_report_as_text_and_as_data(pipe):
         assert not handle.report().steps
 
 
+@pytest.mark.parametrize(
+    ("name", "schedule", "told"),
+    [
+        (None, {"first_steps": 4}, "because of: first steps (24 calls)"),
+        ("first_block", {"first_layers": 1.0}, "because of: first layers (12 calls); the cache skipped the other steps"),
+        ("first_block", {"first_steps": 2}, "the schedule kept some dense, and the cache skipped all others"),
+    ],
+)
+def test_why_no_step_was_sparse(pipe, name, schedule, told):
+    with vidaccel.apply(pipe, preset(name and EAGER[name], **schedule)) as handle:
+        generate(pipe, 4)
+        (note,) = (note for note in handle.report().notes if "no step was sparse" in note)
+    assert note.endswith(told)
+
+
 def test_the_ratios_that_magcache_needs_are_measured(pipe):
     plain = generate(pipe, 5)
     ratios = measure_mag_ratios(pipe, lambda: generate(pipe, 5))
