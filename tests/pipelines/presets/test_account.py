@@ -342,7 +342,7 @@ def test_the_report_as_text_and_as_data(pipe):
     ("name", "schedule", "told"),
     [
         (None, {"first_steps": 4}, "because of: first steps (24 calls)"),
-        ("first_block", {"first_layers": 1.0}, "because of: first layers (12 calls); the cache skipped the other steps"),
+        ("first_block", {"first_layers": 1.0}, "first layers (12 calls); the cache skipped the other steps"),
         ("first_block", {"first_steps": 2}, "the schedule kept some dense, and the cache skipped all others"),
     ],
 )
