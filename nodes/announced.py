@@ -81,12 +81,10 @@ def announce(clone: Any, session: NativeAttention) -> None:
         # Of the noise, video and audio may be one row, and a wrapper before may have cut it to a context window.
         shape = latents[0] if latents else noise_shape
         try:
-            video = _sparse_video(session, model, shape)
+            room = _needed(session, model, shape, passes(conds))
         except (AttributeError, TypeError, ValueError) as error:  # a variant of a model that is built otherwise
             session.tell(f"{NOT_TOLD}: it cannot be computed ({error}).", logging.WARNING)
-            video = None
-        # What the method cannot do is an error here, before the weights are loaded, and not in the first forward pass.
-        room = None if video is None else _needed(session, video, passes(conds))
+            room = None
         if room is None or room.size == 0:
             return executor(model, noise_shape, conds, *args, **kwargs)
         session.tell(f"announced to ComfyUI, beside what it reckons with itself: {room}.")
@@ -160,19 +158,24 @@ def _sparse_video(session: NativeAttention, model: Any, latent: Sequence[int]) -
     return _Video(layout, windows, layers, heads, head_dim, latent[0], dtype)
 
 
-def _needed(session: NativeAttention, video: _Video, conditions: int) -> Room:
-    """What sparse attention takes in a sampling.
+def _needed(session: NativeAttention, model: Any, latent: Sequence[int], conditions: int) -> Room | None:
+    """What sparse attention takes in a sampling, None where nothing will be sparse.
 
     Args:
-        session: of the MODEL. video: of the sampling.
+        session: of the MODEL. model, latent: see `_sparse_video`.
         conditions: of all sides together, see `passes`. All count, also where a guidance of 1 leaves some out: who
             samples does not say so before.
-
-    Raises:
-        ValueError: the method cannot do what it is set to on this video.
     """
+    video = _sparse_video(session, model, latent)
+    if video is None:
+        return None
     layout, heads, itemsize = video.layout, video.heads * video.batch, video.dtype.itemsize
-    method = session.method_on(layout)
+    try:
+        method = session.method_on(layout)
+    except ValueError:
+        # No error yet: text, references and guides, which are not known here, change the bound that it would name, or
+        # keep the pass dense. The first pass says what cannot be done.
+        return None
     size = method.run_bytes(layout, heads, video.head_dim, itemsize, video.layers * conditions * video.windows)
     if session.gates is not None:  # what the gate of the layer at work makes of its input
         size += layout.tokens * heads * video.head_dim * itemsize

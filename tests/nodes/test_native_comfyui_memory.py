@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from native_comfyui import ANCHORED, conditioning, management, models, patched, 
 from vidaccel import SVG, Tangent, VideoLayout
 from vidaccel.generation.tuning.break_even import BreakEven
 from vidaccel.generation.tuning.store import Key, store
+from vidaccel.nodes.patch import sparsify
 
 METHOD = Tangent(density=0.95)
 
@@ -165,16 +167,40 @@ def test_min_tokens_at_its_default_goes_by_what_was_measured_on_this_machine(loa
     assert more(loads, model, clone, description) > 0
 
 
-def test_what_the_method_cannot_do_is_refused_before_anything_is_loaded(loads, caplog):
-    description, model, _ = tiny("wan_t2v")
-    clone, _ = patched(model, SVG(density=0.01))
-    refused = pytest.raises(ValueError, match=r"^Sparse Attention \(test\): density is 0\.01, and with a video of ")
-    loads.clear()  # of the model's own sampling
-    with caplog.at_level(logging.WARNING), refused:
-        sample(clone, description)
-    assert not loads and "announced" not in caplog.text
-    clone, _ = patched(model, SVG(density=0.01), min_tokens=10**6)  # too short to be sparse at all
+@pytest.mark.parametrize("name", models("wan_t2v", "wan_subject", "hunyuan"))
+def test_what_the_method_cannot_do_is_refused_once_by_the_first_pass_that_knows_its_bound(name, caplog):
+    """Of the video alone, without text and references, the bound was too low, and what it named was refused again."""
+    description, model, _ = tiny(name)
+    refused = (
+        r"^Sparse Attention \(test\): density is 0\.01, and with a video of .* must be at least (0\.\d+)\. Raise it"
+    )
+    clone, _ = sparsify(model, lambda layout: SVG(density=0.01), name="test", settings={"density": 0.01})
+    with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match=refused) as error:
+        sample(clone, description, steps=1)
+    assert "announced" not in caplog.text
+    bound = float(re.match(refused, str(error.value))[1])
+    clone, _ = sparsify(model, lambda layout: SVG(density=bound), name="test", settings={"density": bound})
     sample(clone, description, steps=1)
+
+
+def test_what_stays_dense_is_not_refused(caplog):
+    """Too short a video, and guides that weight the attention of every layer."""
+    few = SVG(density=0.01)
+    description, model, _ = tiny("wan_t2v")
+    sample(patched(model, few, min_tokens=10**6)[0], description, steps=1)
+    description, model, _ = tiny("ltxv_guide")
+    _, rows, columns = description.latent
+    guide = {
+        "pre_filter_count": rows * columns,
+        "strength": 0.5,
+        "pixel_mask": None,
+        "latent_shape": [1, rows, columns],
+    }
+    clone, session = patched(model, few)
+    with caplog.at_level(logging.WARNING):
+        sample(clone, description, steps=1, conditions={"guide_attention_entries": [guide]})
+    assert any("weights the attention of every layer" in note for note in session.report().notes)
+    assert "announced" not in caplog.text
 
 
 def test_an_unknown_model_reserves_nothing_and_says_so_once(loads, caplog):
