@@ -10,7 +10,7 @@ from .news import CACHED, NEVER, News, nothing
 
 
 class CacheLog:
-    """What was done in the samplings of the last entry of ComfyUI's queue, a sentence each.
+    """What was done in each sampling of the last entry of ComfyUI's queue, in sentences.
 
     Args:
         title: of the node.
@@ -20,27 +20,33 @@ class CacheLog:
 
     def __init__(self, title: str, otherwise: str, logger: logging.Logger) -> None:
         self.title, self._otherwise, self._logger = title, otherwise, logger
-        self._told: list[str] = []
+        self._told: list[list[str]] = []  # of each sampling
         self._queued: str | None = None
-        self._sampled = False
 
     def begin(self, queued: str | None) -> None:
         """A sampler starts, for an entry of the queue; None where nobody says which."""
         if queued is None or queued != self._queued:
             self._told = []
-        self._queued, self._sampled = queued, True
+        self._told.append([])
+        self._queued = queued
 
     def tell(self, level: int, text: str) -> None:
         """Log a sentence on the sampling that ends, and keep it."""
         self._logger.log(level, "%s: %s", self.title, text)
-        self._told.append(text)
+        self._told[-1].append(text)
 
-    def news(self, queued: str | None = None) -> News:
-        """What the report node shows in an entry of the queue; None where nobody says which it is."""
-        if not self._sampled:
+    def news(self, queued: str | None = None, last: int | None = None) -> News:
+        """What the report node shows in an entry of the queue.
+
+        Args:
+            queued: the entry; None where nobody says which it is.
+            last: how many samplings, the last one being among them; None for all of the entry.
+        """
+        if not self._told:
             return nothing(NEVER)
         heading = CACHED if None not in (queued, self._queued) and queued != self._queued else ""
-        notes = tuple(f"{self.title}: {text}" for text in self._told or [self._otherwise])
+        told = [text for texts in self._told[-last if last else None :] for text in texts]
+        notes = tuple(f"{self.title}: {text}" for text in told or [self._otherwise])
         return News(RunReport("", {}, (), notes), heading)
 
 

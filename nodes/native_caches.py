@@ -16,7 +16,6 @@ FORECAST = "vidaccel_forecast"
 GUIDANCE = "vidaccel_guidance_cache"
 NAMES = {FORECAST: "forecast cache", GUIDANCE: "guidance cache"}
 """Key of a cache in a MODEL -> what it is called."""
-CHANGED = "a ControlNet, a hook or a prompt changed from step to step, which leaves nothing to go on"
 _COMFYUIS = "easycache"
 """In `transformer_options`: ComfyUI's EasyCache or LazyCache, which both are there while they are in a MODEL."""
 
@@ -98,6 +97,19 @@ def _check_alone(key: str, options: Mapping[str, Any] | None) -> None:
             f"this MODEL has a {NAMES[key]} and {name}, and what one of the two gives for a pass would be taken for "
             "computed by the other: leave one of them out."
         )
+
+
+def changed(asked: int) -> str:
+    """Why nothing was left out where what is asked of the model seldom stays the same, and what helps.
+
+    Args:
+        asked: how many different things were, 2 or more.
+    """
+    times = "once" if asked == 2 else f"{asked - 1} times"
+    return (
+        f"a ControlNet, a hook or a prompt changed {times}, which leaves too few steps alike to go on: make more "
+        "steps, or change it less often"
+    )
 
 
 def asked_of(model: Any, cond: list[dict[str, Any]], timestep: torch.Tensor, options: dict[str, Any]) -> str:

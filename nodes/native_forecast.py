@@ -20,7 +20,7 @@ from ..pipelines.forecast.forecasts import Forecasts
 from ..pipelines.forecast.level import Level
 from ..pipelines.forecast.settings import ForecastSettings
 from .cache_log import CacheLog
-from .native_caches import CHANGED, FORECAST, asked_of, put_in
+from .native_caches import FORECAST, asked_of, changed, put_in
 from .sampling import step_of, window_of
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ class _Cached:
             fix = f"{best} tolerance, or make more steps"
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
-            elif any(2 * len(asked) > count for asked in self._asked.values()):
-                fix = CHANGED
+            elif 2 * (asked := max(map(len, self._asked.values()), default=0)) > count:
+                fix = changed(asked)
             self._log.tell(logging.WARNING, f"all {count} {unit} were computed; {fix}.")
         self._forget()
 

@@ -16,7 +16,7 @@ from ..pipelines.guidance_cache.differences import Differences
 from ..pipelines.guidance_cache.settings import GuidanceCache
 from .cache_log import CacheLog
 from .geometry import diffusion_model_of
-from .native_caches import CHANGED, GUIDANCE, asked_of, put_in
+from .native_caches import GUIDANCE, asked_of, changed, put_in
 from .sampling import step_of, window_of
 from .wording import InputError
 
@@ -96,7 +96,7 @@ class _Cached:
             if self._moved:
                 fix = "context windows moved from step to step, which leaves no difference to go on: take a static one"
             elif 2 * len(self._asked) > max(2, self._made):
-                fix = CHANGED
+                fix = changed(len(self._asked))
             self._log.tell(logging.WARNING, f"all {self._made} passes of the negative prompt were made: {fix}.")
         self._forget()
 

@@ -101,7 +101,8 @@ class RunLog:
             for note, run in engine.noted.items():
                 true_of[note] = max(run, true_of.get(note, run))
         notes = tuple(note for note in report.notes if true_of.get(note, -1) >= first)
-        notes += tuple(note for log in self.beside for note in log.news(queued).report.notes)
+        last = self._run + 1 - first
+        notes += tuple(note for log in self.beside for note in log.news(queued, last).report.notes)
         return News(replace(report, records=records, notes=notes), heading)
 
     def _record(self, current: ForwardPass, layer: int, reason: str, span: Span) -> None:

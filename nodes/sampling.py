@@ -95,8 +95,17 @@ class DensePart:
 
 
 def _whole(levels: Sequence[float], percent_to_sigma: Callable[[float], Any]) -> bool:
-    """Whether a sampler does all of the sampling, and is not one of two that follow one another."""
-    return len(levels) > 1 and levels[-1] <= SIGMA_TOLERANCE and levels[0] >= float(percent_to_sigma(0.01))
+    """Whether a sampler does all of the sampling, and is not one of two that follow one another.
+
+    The scheduler ddim_uniform leaves the first step out for many numbers of steps, and has one of next to nothing at
+    the end: of 20 steps, at 951, 901, ..., 51 and 1 thousandths.
+    """
+    if len(levels) < 2 or levels[-1] > SIGMA_TOLERANCE:
+        return False
+    if levels[0] >= float(percent_to_sigma(0.01)):
+        return True
+    tiny_end = levels[-2] <= float(percent_to_sigma(1 - 3 * TABLE_STEP))
+    return tiny_end and levels[0] >= float(percent_to_sigma(1 / (len(levels) - 1) + TABLE_STEP))
 
 
 def parse_layers(text: str, count: int | None = None) -> frozenset[int]:

@@ -114,7 +114,17 @@ def test_what_changes_in_each_step_is_told(cache):
     beside = {"hooks": hook({n / STEPS: 1 - n / STEPS for n in range(STEPS)})}
     passes(CACHES[cache](model, log), description, beside)
     (note,) = log.news().report.notes
-    assert "all " in note and "a ControlNet, a hook or a prompt changed from step to step" in note
+    assert "all " in note and "a ControlNet, a hook or a prompt changed 18 times" in note
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_one_change_in_few_steps_is_told_as_one(cache):
+    description, model, _ = tiny("wan_t2v")
+    log = LOGS[cache]()
+    prompts = {name: prompt(description, control=control(0.5)) for name in ("positive", "negative")}
+    sample(CACHES[cache](model, log), description, steps=3, **prompts)
+    (note,) = log.news().report.notes
+    assert "all 3 " in note and "changed once" in note and "make more steps" in note
 
 
 @pytest.mark.parametrize("cache", CACHES)

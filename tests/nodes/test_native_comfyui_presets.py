@@ -13,6 +13,7 @@ from gft_adapters import write_native
 from native_comfyui import comfy, models, sample, tiny
 
 from vidaccel import SLA, SVG2, VSA, DenseSchedule, GuidanceCache, Preset, Radial
+from vidaccel.attention import StepInfo
 from vidaccel.nodes import pipelines
 from vidaccel.nodes.native_forecast import cache_steps
 from vidaccel.nodes.native_guidance import guide
@@ -48,16 +49,19 @@ def test_the_method_and_what_stays_dense():
     assert sample(model, description).equal(unpatched)
 
 
-@pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform", "beta", "kl_optimal"])
-def test_as_many_steps_stay_dense_as_the_preset_says(scheduler):
+@pytest.mark.parametrize("scheduler", ["simple", "sgm_uniform", "beta", "kl_optimal", "ddim_uniform"])
+@pytest.mark.parametrize("steps", [20, 30])
+def test_as_many_steps_stay_dense_as_the_preset_says(scheduler, steps):
     description, model, _ = tiny("wan_t2v")
     schedule = DenseSchedule(first_steps=0.2, last_steps=1)
     preset = Preset(name="a", method=replace(SPARSE, schedule=schedule), num_inference_steps=30)
     clone, session = apply_native(model, preset, skip_others=True)
-    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, 30)
-    sample(clone, description, steps=30, sigmas=sigmas)
+    sigmas = comfy.samplers.calculate_sigmas(model.model.model_sampling, scheduler, steps)
+    count = len(sigmas) - 1  # which some schedulers round
+    sample(clone, description, steps=count, sigmas=sigmas)
     dense = {record.step: record.reason for record in session.report().records if record.reason}
-    assert dense == dict.fromkeys(range(6), "first_steps") | {29: "last_steps"}
+    first = sum(bool(schedule.step_reason(StepInfo(0, step, count))) for step in range(count - 1))
+    assert dense == dict.fromkeys(range(first), "first_steps") | {count - 1: "last_steps"}
     assert "first_steps 0.2, last_steps 1" in report_text(session.news())
 
 
@@ -125,6 +129,27 @@ def test_the_caches_of_this_package(method):
         assert "top_p" not in text and "min_ratio" not in text  # which the density is instead of
     with pytest.raises(InputError, match="can have one of the two"):
         apply_native(model, Preset(name="a", cache=cache, guidance_cache=every), skip_others=True)
+
+
+def test_a_report_of_a_second_sampling_has_the_cache_of_that_one_alone():
+    """Of two samplers with one MODEL in an entry of the queue, each with a report behind it."""
+    from comfy_execution.utils import CurrentNodeContext
+
+    description, model, _ = tiny("wan_t2v")
+    cache = Cache("forecast", 1e6, {"cache_end_steps": 0, "max_consecutive_cached": 2})
+    clone, session = apply_native(model, Preset(name="a", method=SPARSE, cache=cache, num_inference_steps=8), True)
+
+    def told() -> list[str]:
+        return [note for note in session.news("entry").report.notes if "Forecast Cache" in note]
+
+    with CurrentNodeContext("entry", "1"):
+        sample(clone, description, steps=8)
+        (first,) = told()
+        sample(clone, description, steps=12)
+        (second,) = told()
+    assert " of 8 steps" in first and " of 12 steps" in second
+    both = told()  # of a report node beside, as of the sparse calls
+    assert [" of 8 " in both[0], " of 12 " in both[1]] == [True, True]
 
 
 def test_short_videos_and_errors_of_the_method_of_a_preset():

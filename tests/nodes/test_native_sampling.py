@@ -97,6 +97,23 @@ def test_steps_of_a_preset_count_where_a_sampler_does_the_whole_sampling(schedul
     assert dense.step_reason(levels[-2], shifted, levels[15:]) == ("last_steps" if even <= 1 else "")
 
 
+@pytest.mark.parametrize("steps", [3, 8, 10, 12, 20, 30, 50])
+def test_a_sampling_that_leaves_its_first_step_out_is_whole(steps):
+    """ComfyUI's ddim_uniform: every so many of a thousand, from the lowest."""
+    table = range(1, 1000, 1000 // steps)
+    levels = [*(shifted(1 - (level + 1) / 1000) for level in reversed(table)), 0.0]
+    dense = DensePart(0.2, 0.1, steps=DenseSchedule(first_steps=1, last_steps=1))
+    reasons = [dense.step_reason(level, shifted, levels) for level in levels[:-1]]
+    assert reasons == ["first_steps", *[""] * (len(table) - 2), "last_steps"]
+
+
+@pytest.mark.parametrize("steps", [4, 8, 20])
+def test_a_sampling_behind_the_first_step_of_another_is_none(steps):
+    levels = [shifted(step / steps) for step in range(1, steps + 1)]
+    dense = DensePart(0.5 / steps, steps=DenseSchedule(first_steps=1))
+    assert not any(dense.step_reason(level, shifted, levels) for level in levels[:-1])
+
+
 def test_nothing_dense_is_nothing_dense():
     for sigma in (1.0, 80.0, 0.0):
         assert DensePart().step_reason(sigma, shifted) == ""
