@@ -86,7 +86,7 @@ def adapter_path(location: str | Path) -> Path:
             names = " and ".join(f"{name}/" for name in (ADAPTER, *others))
             raise NoAdapter(f"{path} holds the results of several recipes ({names}): give {path / ADAPTER}.")
         return path / ADAPTER / FILE
-    began = (path / SETTINGS).is_file() or (path / CHECKPOINTS).is_dir()
+    began = (path / SETTINGS).is_file() or bool(_checkpoints(path))
     if others and (began or (path / ADAPTER).is_dir()):
         told = OTHER_RESULTS[others[0]].format(path / others[0])
         raise NoAdapter(f"{path} is the folder of a training whose result is {told}.")
@@ -124,8 +124,8 @@ def model_path(location: str | Path) -> Path:
     path = Path(location).expanduser()
     if not path.is_dir() or (path / _INDEX).is_file() or _is_model(path):
         return path
-    saved = path / CHECKPOINTS if (path / CHECKPOINTS).is_dir() else path if path.name == CHECKPOINTS else None
-    if not ((path / SETTINGS).is_file() or saved is not None or (path / ADAPTER).is_dir()):
+    saved = bool(_checkpoints(path))
+    if not ((path / SETTINGS).is_file() or saved or (path / ADAPTER).is_dir()):
         return path
     if (path / "pipeline" / _INDEX).is_file():
         return path / "pipeline"
@@ -136,15 +136,27 @@ def model_path(location: str | Path) -> Path:
             f"{path} is the folder of a training whose result is an adapter, {path / ADAPTER}: give that beside the "
             "model that it was trained on."
         )
-    if saved is not None:
+    if saved or ((path / SETTINGS).is_file() and (path / CHECKPOINTS).is_dir()):
         raise NoAdapter(f"{path} is the folder of a training that has written no model (no pipeline/ in it).")
     return path
 
 
 def _newest(run: Path, has: Callable[[Path], bool]) -> Path | None:
     """Of the checkpoints of a run, or of the folder that they are in, the last one that has something."""
-    folder = run if run.name == CHECKPOINTS else run / CHECKPOINTS
-    return next(reversed(in_order(filter(has, folder.glob(f"{CHECKPOINT}*")))), None)
+    return next(reversed(in_order(filter(has, _checkpoints(run)))), None)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """Those of a run, or in the folder that they are in. Other tools call folders so, too: by its name none is a run's."""
+    for folder in (run / CHECKPOINTS, *([run] if run.name == CHECKPOINTS else [])):
+        if found := [each for each in folder.glob(f"{CHECKPOINT}*") if _is_checkpoint(each)]:
+            return found
+    return []
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether it is one, or what is left of it: its adapter alone."""
+    return (folder / CHECKPOINT_FACTS).is_file() or (folder / ADAPTER).is_dir()
 
 
 def _is_model(folder: Path) -> bool:

@@ -142,6 +142,20 @@ def test_the_model_of_a_run_is_its_result_or_the_adapted_one_of_its_newest_check
         model_path(other)
 
 
+def test_folders_of_others_that_are_called_checkpoints_are_not_a_run_s(tmp_path):
+    """It took a published model in a folder of that name, or with one in it, for a training without a model."""
+    for place in (tmp_path / "checkpoints", tmp_path / "model"):
+        (place / "checkpoints" / "step_of_another_tool").mkdir(parents=True)
+        (place / "config.json").write_text("{}")
+        assert model_path(place) == adapter_path(place) == place
+    named = tmp_path / "runs" / "checkpoints"  # the folder of a run
+    saved = checkpoint(named, 5, 1).parent.parent
+    assert adapter_path(named) == adapter_path(named / "checkpoints") == saved / "adapter" / FILE
+    shutil.rmtree(saved / "adapter")
+    with pytest.raises(NoAdapter, match="has written no model"):
+        model_path(named)
+
+
 def test_what_ae_adapt_made_is_taken_as_a_model_and_never_as_an_adapter(run, tmp_path):
     """Its LoRA is for the transformer that it changes: in the model as it was, it makes another video."""
     file = checkpoint(run, 5, 1)

@@ -199,6 +199,7 @@ def test_the_class_of_another_kind_of_adapter(tmp_path):
 def test_the_folder_of_a_training_stands_for_its_model(tmp_path, caplog):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("recipe: ae_adapt\n")
     for load in (DCVideoGenPipeline.from_pretrained, DCGenPipeline.from_pretrained):
         with pytest.raises(ValueError, match="is the folder of a training that has written no model"):
             load(run)
