@@ -110,7 +110,7 @@ def generate_command(
         list[Path] | None,
         typer.Option(
             help="An adapter of the recipe sla, which brings --method sla: a file, its folder, or that of its "
-            "training; one for each transformer; none leaves out what a preset has."
+            "training; one for each transformer; none leaves out what a preset has, and the method that needs it."
         ),
     ] = None,
     rope: Annotated[

@@ -45,6 +45,10 @@ class BadInput(ValueError):
         """The message in the words of a front end: `name` gives its name of a field."""
         return worded(f"{self._head}{self.problem}.{f' {self.fix}' if self.fix else ''}", name)
 
+    def with_problem(self, problem: str) -> BadInput:
+        """The same with its problem in other words."""
+        return _rebuilt({**self.__dict__, "problem": problem})
+
     def __reduce__(self) -> tuple[Callable[[dict], BadInput], tuple[dict]]:
         return _rebuilt, (self.__dict__,)  # through the pickle of a worker process
 

@@ -509,7 +509,14 @@ def _of_preset(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
     # What a model was trained for, and a config of one's own, are taken as they are.
     if not asked or method.needs_weights or type(method) is not METHODS.get(method.name):
         return _as_given(method, sparse, layout)
-    return build_method(method.name, layout, **amounts, overrides=overrides, base=method)
+    try:
+        return build_method(method.name, layout, **amounts, overrides=overrides, base=method)
+    except BadInput as error:
+        if error.field != "method":
+            raise
+        given = [name for name, value in {**amounts, "settings": overrides or None}.items() if value is not None]
+        problem = f"cannot be used with {method.name}, the method of {mention('preset')}: {error.problem}"
+        raise BadInput(given, problem) from error.__cause__
 
 
 def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..pipelines.whole_files import is_stream
 from .errors import BadInput, mention
 
 
@@ -18,7 +19,10 @@ def check_file(field: str, path: Path, suffix: str) -> None:
         raise BadInput(field, "it is a folder", "Give the name of a file in it.", value=path)
     if not path.parent.is_dir():
         raise BadInput(field, f"there is no folder {path.parent}", "Create it first.", value=path)
-    check_writable(field, path)
+    if is_stream(path):
+        _check_stream(field, path, "it", path)
+    else:
+        check_writable(field, path)
 
 
 def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[str, Iterable[Path]]) -> None:
@@ -38,6 +42,9 @@ def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[
         for name, sources in inputs.items():
             if file.exists() and any(source.samefile(file) for source in sources):
                 raise BadInput(field, f"{what} is the file that {mention(name)} reads", other, value=given)
+        if is_stream(file):
+            _check_stream(field, file, what, given)
+            continue
         try:
             # Where, and with a name as long as, `whole_files.staged` writes.
             real = Path(os.path.realpath(file))
@@ -46,6 +53,19 @@ def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[
         except OSError as error:
             problem = f"{what} cannot be written (the system says: {error.strerror})"
             raise BadInput(field, problem, other, value=given) from error
+
+
+def _check_stream(field: str, file: Path, what: str, given: Path) -> None:
+    """Raise BadInput for what is no file and cannot be written to. It is not opened: a pipe would wait for its reader.
+
+    Args:
+        field, given: see `check_files`. file: that is meant. what: the words for it.
+    """
+    if file.suffix.lower() == ".mp4" and file.is_fifo():
+        problem = f"{what} is a pipe, and an MP4 is not written from its beginning to its end"
+        raise BadInput(field, problem, "Give the name of a file.", value=given)
+    if not os.access(file, os.W_OK):
+        raise BadInput(field, f"{what} is not writable", "Give another name.", value=given)
 
 
 def check_writable(field: str, path: Path, *, value: object = None) -> None:

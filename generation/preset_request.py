@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput, mention
+from .errors import BadInput, mention, worded
 from .methods import DENSE
 from .presets import LEVERS, with_levers
 
@@ -82,8 +82,14 @@ def filled(
     for name, value in of_settings.items():
         if value is not None and getattr(settings, name) is None:
             settings, theirs[name] = replace(settings, **{name: value}), value
-    method = None
-    if not sparse.methods:
+    method, notes = None, []
+    if not sparse.methods and _is_none(adapters["sla"]) and preset.sla and preset.method.needs_weights:
+        # Backend and precision go with the method.
+        sparse = replace(sparse, methods=(DENSE,))
+        name = preset.method.name
+        told = f"{mention('method')} {name} for a model that was trained for it"
+        notes.append(f"Without its adapters the preset's method {name} is left out, too; {told}.")
+    elif not sparse.methods:
         method = preset.method
         of_method: dict[str, Any] = {"methods": (DENSE if method is None else method,)}
         of_method |= {"backend": preset.backend} if sparse.backend == "auto" else {}
@@ -94,7 +100,6 @@ def filled(
     for name, value in {"lora": preset.loras, "guidance_free": own, "sla": of_sla}.items():
         if value and not adapters[name]:
             given[name] = theirs[name] = value
-    notes = []
     if preset.loras and given["lora"] and "lora" not in theirs:
         names = ", ".join(lora.path.name for lora in preset.loras)
         notes.append(f"What the preset has as loras ({names}) is not loaded: {mention('lora')} goes before it.")
@@ -111,17 +116,28 @@ def _is_none(given: Any) -> bool:
 def said_of_preset(fields: Collection[str] | None = None) -> Iterator[None]:
     """What is wrong with fields whose values are a preset's, by the field that the request has: its preset.
 
+    Where it is wrong with another field beside them, they are named as the preset's.
+
     Args:
         fields: see `Filled.of_preset`; None for all.
     """
 
+    def is_theirs(field: str) -> bool:
+        return fields is None or field in fields
+
     def name(field: str) -> str:
-        return _IN_PRESETS.get(field, field) if fields is None or field in fields else mention(field)
+        return _IN_PRESETS.get(field, field) if is_theirs(field) else mention(field)
+
+    def of_preset(field: str) -> str:
+        # A method is mentioned as what to give, and not for its value.
+        return f"{mention('preset')}'s {name(field)}" if is_theirs(field) and field != "method" else mention(field)
 
     try:
         yield
     except BadInput as error:
-        if error.field == "preset" or (fields is not None and error.field not in fields):
+        if error.field == "preset":
             raise
+        if not is_theirs(error.field):
+            raise error.with_problem(worded(error.problem, of_preset)) from error.__cause__
         text = error.worded(name).replace(" cannot be used: ", ": ", 1).rstrip(".")
         raise BadInput("preset", f"cannot be used: {text}") from error

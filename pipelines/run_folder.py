@@ -147,7 +147,7 @@ def _newest(run: Path, has: Callable[[Path], bool]) -> Path | None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """Those of a run, or in the folder that they are in. Other tools call folders so, too: by its name none is a run's."""
+    """Of a run, or of the folder that they are in. Other tools have folders of that name, which alone says nothing."""
     for folder in (run / CHECKPOINTS, *([run] if run.name == CHECKPOINTS else [])):
         if found := [each for each in folder.glob(f"{CHECKPOINT}*") if _is_checkpoint(each)]:
             return found

@@ -33,10 +33,10 @@ def staged(path: str | Path) -> Iterator[Path]:
     the content: the file that a link leads to is replaced, and not the link, and a file keeps its mode. What is no
     file, such as a pipe or /dev/null, has nothing to be kept whole: it is written to.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        yield path
+    if is_stream(path):  # before links are followed: that of an open pipe, such as /dev/stdout, leads to no path
+        yield Path(path)
         return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
@@ -45,6 +45,12 @@ def staged(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: str | Path) -> bool:
+    """Whether something is there that has nothing to be kept whole: a pipe, a terminal, /dev/null."""
+    path = Path(path)
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 @contextmanager

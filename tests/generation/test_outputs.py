@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 import vidaccel
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.local_files import local_files
-from vidaccel.generation.outputs import check_files
+from vidaccel.generation.outputs import check_file, check_files
 from vidaccel.generation.video import write_mp4
 
 PROMPT = "a red circle moves left on a grey background"
@@ -99,3 +100,30 @@ def test_files_that_are_there_are_replaced(tmp_path):
     check_files("out", tmp_path / "clip.mp4", [tmp_path / "clip.mp4"], {})
     assert (tmp_path / "clip.mp4").read_bytes() == b"old"
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
+
+
+def test_a_pipe_takes_pages_and_no_mp4(loads_nothing, tmp_path):
+    """The encoder failed at it after the steps."""
+    out, page = tmp_path / "clip.mp4", tmp_path / "page.html"
+    os.mkfifo(out)
+    os.mkfifo(page)
+    with pytest.raises(BadInput, match=r"^out is .*clip\.mp4: it is a pipe, and an MP4 is not written from its beginn"):
+        vidaccel.generate("demo", PROMPT, out=out, **CHOSEN)
+    with pytest.raises(BadInput, match=r"^report is .*clip\.mp4, which is written for it, is a pipe"):
+        check_files("report", page, [page, out], {})
+    check_file("report", page, ".html")
+    check_files("report", page, [page], {})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or os.geteuid() != 0, reason="needs to become somebody else")
+def test_room_is_not_looked_for_beside_a_device():
+    """In /dev nobody but root makes files."""
+    child = os.fork()
+    if not child:
+        os.setuid(65534)
+        try:
+            check_files("report", Path("/dev/null"), [Path("/dev/null")], {})
+        except BadInput:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import vidaccel
-from vidaccel import SLA, SVG2, Preset, Radial
+from vidaccel import SLA, SVG, SVG2, Preset, Radial
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import prepare
 from vidaccel.generation.preset_request import filled
@@ -41,9 +41,26 @@ def test_none_leaves_out_what_a_preset_has():
     assert (whole.lora, whole.guidance_free, whole.sla) == (preset.loras, True, ("s",))
     assert {"lora", "guidance_free", "sla", "method"} <= whole.of_preset
     bare = of(preset, levers={"guidance_cache": 2}, lora=["none"], guidance_free="none", sla=["none"])
-    assert (bare.lora, bare.guidance_free, bare.sla, bare.notes) == ((), (), (), ())
-    assert not {"lora", "guidance_free", "sla"} & bare.of_preset and bare.preset.guidance_free == ()
+    assert (bare.lora, bare.guidance_free, bare.sla) == ((), (), ())
+    assert not {"lora", "guidance_free", "sla", "method"} & bare.of_preset and bare.preset.guidance_free == ()
     assert of(None, lora="none").lora == ()
+
+
+def test_without_its_adapters_a_method_that_needs_them_goes_too():
+    """The run ended after the weights were loaded."""
+    preset = Preset(name="a", method=SLA(), sla="gone", backend="gather", precision="int8")
+    bare = of(preset, sla="none")
+    assert (bare.sparse, bare.method) == (Sparse(methods=("dense",)), None)
+    assert [note.partition(";")[0] for note in bare.notes] == [
+        "Without its adapters the preset's method sla is left out, too"
+    ]
+    assert prepare("demo", Settings(PROMPT), Sparse(), device="cpu", preset=preset, sla="none").methods == {
+        "dense": None
+    }
+    given = of(preset, Sparse(methods=("sla",)), sla="none")
+    assert given.sparse.methods == ("sla",) and not given.notes
+    untrained = of(Preset(method=SLA(linear_scope="none"), sla="gone"), sla="none")
+    assert untrained.method == SLA(linear_scope="none") and not untrained.notes
 
 
 def test_loras_that_go_before_those_of_a_preset_are_told():
@@ -62,6 +79,17 @@ def test_loras_that_go_before_those_of_a_preset_are_told():
         ({"decoder": "gone.safetensors"}, {}, "^preset cannot be used: decoder: gone.safetensors: there is no such"),
         ({"method": SVG2(), "backend": "triton"}, {}, "^preset cannot be used: attention.backend is triton: "),
         ({"num_inference_steps": 2}, {"guidance_cache": 2}, "^guidance_cache cannot be used: it makes both passes in"),
+        (
+            {"method": SVG()},
+            {"density": 0.01},
+            "^density cannot be used with svg, the method of preset: SVG density 0.01",
+        ),
+        ({"method": SVG()}, {"settings": {"svg": {"density": 0.01}}}, "^settings cannot be used with svg, the "),
+        (
+            {"guidance_scale": 1.0},
+            {"negative_prompt": "x"},
+            "^negative_prompt is of no use: preset's guidance_scale is 1",
+        ),
         ({"loras": "gone.safetensors"}, {"lora": "gone"}, "^lora is gone: there is no such file"),
         ({"decoder": "gone.safetensors"}, {"decoder": "nowhere"}, "^decoder cannot be used: nowhere: there is no such"),
     ],

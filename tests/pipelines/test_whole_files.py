@@ -77,6 +77,11 @@ def test_what_is_no_file_is_written_to(tmp_path):
         assert os.read(reader, 9) == b"whole" and stat.S_ISFIFO(pipe.stat().st_mode)
     finally:
         os.close(reader)
+    ends = os.pipe()  # of which the link in /dev/fd leads to no path
+    write_bytes(b"whole", f"/dev/fd/{ends[1]}")
+    assert os.read(ends[0], 9) == b"whole"
+    for end in ends:
+        os.close(end)
     write_bytes(b"gone", "/dev/null")
     assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
 
