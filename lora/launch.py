@@ -101,7 +101,7 @@ def _encode(recipe: Recipe) -> dict[str, Any]:
         raise Stopped(f"stopped while clips were encoded{kept}.") from None
     except torch.cuda.OutOfMemoryError as error:
         again = "what is encoded is used again by the same command."
-        raise out_of_memory(recipe.config, "while clips were encoded", again, validates=False) from error
+        raise out_of_memory(recipe.config, "while clips were encoded", again) from error
     finally:
         process.progress.close()
     return facts if process.is_main else {}

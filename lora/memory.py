@@ -149,43 +149,54 @@ _SAVINGS = (
 )
 
 
-def _savings(config: Settings, validates: bool) -> Iterator[tuple[bool, str]]:
+def _savings(config: Settings, trains: bool) -> Iterator[tuple[bool, str]]:
     """Those that these settings leave room for and can have: whether a resume may change them, and words for them."""
     values = flat(config)
     for saving in _SAVINGS:
-        if values.get(saving.name) == saving.now and not (validates and saving.trains):
+        if values.get(saving.name) == saving.now and (trains or not saving.trains):
             with contextlib.suppress(ConfigError):  # what the recipe refuses is no advice
                 with_overrides(config, saving.instead)
                 yield saving.free, saving.words or ", ".join(saving.instead)
 
 
-def out_of_memory(config: Settings, where: str, go_on: str, validates: bool) -> OutOfMemory:
+def out_of_memory(
+    config: Settings,
+    where: str,
+    go_on: str,
+    *,
+    trains: bool = True,
+    measures: bool = False,
+    makes_videos: bool = False,
+) -> OutOfMemory:
     """What to raise where a GPU's memory ran out.
 
     Args:
         config: settings of the run.
         where: it was, as it reads after "the GPU ran out of memory".
         go_on: how the run is continued, a sentence without its end.
-        validates: whether it was in a validation, whose videos need not be made, and whose clips may be smaller.
+        trains: whether what training alone takes was there, or would have come.
+        measures: whether clips were measured, which may be smaller.
+        makes_videos: whether those of `validation.prompts` were made, which need not be.
     """
-    values, savings = flat(config), list(_savings(config, validates))
+    values, savings = flat(config), list(_savings(config, trains))
     free, fixed = ([words for may, words in savings if may == wanted] for wanted in (True, False))
-    one_by_one = validates and any(name.startswith("validation.size") for name in values)
-    if validates and values.get("validation.prompts"):
+    one_by_one = measures and any(name.startswith("validation.size") for name in values)
+    if makes_videos and values.get("validation.prompts"):
         free.insert(0, "validation.prompts=[]")
     if one_by_one:
         free.insert(0, "validation.size (smaller; a clip is measured at a time)")
-    for name, value in values.items():
+    for name, value in values.items() if trains or measures else ():
         if name.endswith(".batch_size") and (value or 1) > 1 and not one_by_one:
             if name.startswith("data."):  # the micro-steps are the phase's, of all sizes
                 fixed.append(f"a smaller {name}")
             else:
                 free.append(f"{name} (with as many times the gradient_accumulation_steps)")
-    fixed.append("smaller clips in data.sizes")
+    if trains or measures:
+        fixed.append("smaller clips in data.sizes")
     may = f" A resume may change {', '.join(free)}." if free else ""
+    new = f"A new run, in another `out`, may have {', '.join(fixed)}; several" if fixed else "Several"
     return OutOfMemory(
-        f"the GPU ran out of memory {where}.{may} A new run, in another `out`, may have {', '.join(fixed)}; several "
-        f"GPUs share the weights with FSDP. As it stands: {go_on}"
+        f"the GPU ran out of memory {where}.{may} {new} GPUs share the weights with FSDP. As it stands: {go_on}"
     )
 
 

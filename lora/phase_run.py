@@ -359,7 +359,9 @@ class PhaseRun:
         except torch.cuda.OutOfMemoryError as error:
             where = f"in the validation after step {state.step} of phase {self.phase.name}"
             go_on = f"{self.context.checkpoints.how_to_resume()}."
-            raise out_of_memory(self.context.config, where, go_on, validates=True) from error
+            raise out_of_memory(
+                self.context.config, where, go_on, trains=False, measures=True, makes_videos=True
+            ) from error
         state.validation_due = False
         if self._saved == (state.step, True):
             if self.process.is_main:

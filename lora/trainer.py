@@ -146,8 +146,10 @@ class Trainer:
                     self.tracker.close()
                 raise Stopped(f"stopped {self._doing}; {self._how_to_go_on()}") from None
             except torch.cuda.OutOfMemoryError as error:
-                measures = self._doing == _WRITES  # with the clips of a validation
-                raise out_of_memory(self.config, self._doing, self._how_to_go_on(), validates=measures) from error
+                writes = self._doing == _WRITES
+                measures = writes and self.recipe.measures_result
+                go_on = self._how_to_go_on()
+                raise out_of_memory(self.config, self._doing, go_on, trains=not writes, measures=measures) from error
             except (Stopped, Diverged):
                 if self.tracker is not None:
                     self.tracker.end()

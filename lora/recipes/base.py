@@ -150,6 +150,8 @@ class Recipe(ABC):
     """The `inputs` of the run that is continued, from before `prepare`; None for a new run."""
     continues: RunSettings | None = None
     """The settings of the checkpoint that it is continued from, of the class `Config`; None for a new run."""
+    measures_result: ClassVar[bool] = False
+    """Whether `finish` measures the clips of the validation."""
 
     def __init__(self, config: RunSettings, process: Process) -> None:
         self.config, self.process = config, process

@@ -86,6 +86,7 @@ class TrainReconstruction(Recipe):
 
     config: ReconstructionSettings
     continues: ReconstructionSettings | None = None
+    measures_result = True
 
     def prepare(self) -> None:
         config = self.config

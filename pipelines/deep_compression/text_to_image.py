@@ -19,6 +19,7 @@ from diffusers import (
     FluxTransformer2DModel,
     SanaPipeline,
 )
+from diffusers.image_processor import PixArtImageProcessor
 from diffusers.pipelines.flux.pipeline_output import FluxPipelineOutput
 from diffusers.pipelines.sana.pipeline_output import SanaPipelineOutput
 from transformers import (
@@ -174,7 +175,8 @@ class DCGenSanaPipeline(SanaPipeline):
         """
         check_output(output_type)
         canvas = _canvas(self, height, width, _transformer(self).config.out_channels, multiple=32)
-        self.image_processor = ToldSanaPictures(vae_scale_factor=self.vae_scale_factor)
+        if type(self.image_processor) is PixArtImageProcessor:  # of the parent's constructor, and nobody's own
+            self.image_processor = ToldSanaPictures(vae_scale_factor=self.vae_scale_factor)
         images = super().__call__(
             *args,
             height=canvas.height,

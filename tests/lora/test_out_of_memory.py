@@ -21,6 +21,7 @@ from vidaccel.lora.data.latents import Latents
 from vidaccel.lora.data.sampler import without
 from vidaccel.lora.memory import OutOfMemory
 from vidaccel.lora.recipes.flow_phase import FlowPhase
+from vidaccel.lora.recipes.lora import TrainLora
 from vidaccel.lora.reconstruction import Reconstruction
 from vidaccel.lora.stopping import Stopped, StopRequested
 
@@ -61,6 +62,17 @@ def test_in_a_validation_nothing_is_lost(tmp_path, text_base, monkeypatch):
     assert "gradient_checkpointing=true" not in str(told.value) and "batch_size" not in str(told.value)
     monkeypatch.setattr(WanModel, "sample", full)
     assert Path(run("lora", file, ["validation.prompts=[]"], "latest")["lora"]).is_file()
+
+
+def test_while_a_result_is_written_that_is_not_measured(tmp_path, text_base, monkeypatch):
+    """What a validation or the training takes is no advice there."""
+    file = write(tmp_path, text_base, train={"batch_size": 2})
+    monkeypatch.setattr(TrainLora, "finish", full)
+    with pytest.raises(OutOfMemory, match="memory while the result was written") as told:
+        run("lora", file)
+    for word in ("validation", "batch_size", "checkpointing=true", "data.sizes"):
+        assert word not in str(told.value)
+    assert str(told.value).endswith("continue with --resume latest.")
 
 
 SMALL = {"frames": 4, "height": 32, "width": 32}
