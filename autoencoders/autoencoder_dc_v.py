@@ -152,18 +152,24 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         factor = self.spatial_compression_ratio
         size = default_tile(factor) if size is None else size
         _check_tile(size, factor)
+        chosen = stride is not None
         stride = default_stride(size, factor) if stride is None else stride
         _check_tile(stride, factor)
-        return Tiles(size, stride)
+        return Tiles(size, stride, chosen)
+
+    def _resized(self, tiles: Tiles, size: int) -> Tiles:
+        """The same of another size, with the stride that was chosen where it fits."""
+        _check_tile(size, self.spatial_compression_ratio)
+        return self._tiles(size, tiles.stride if tiles.chosen and tiles.stride <= size else None)
 
     @property
     def tile_sample_min_height(self) -> int:
-        """Pixels of a tile, under diffusers' name; set alone, it gets the default stride."""
+        """Pixels of a tile, under diffusers' name; set, it keeps a chosen stride that fits, or gets the default."""
         return self._tile_rows.size
 
     @tile_sample_min_height.setter
     def tile_sample_min_height(self, pixels: int) -> None:
-        self._tile_rows = self._tiles(pixels)
+        self._tile_rows = self._resized(self._tile_rows, pixels)
 
     @property
     def tile_sample_min_width(self) -> int:
@@ -171,7 +177,7 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @tile_sample_min_width.setter
     def tile_sample_min_width(self, pixels: int) -> None:
-        self._tile_columns = self._tiles(pixels)
+        self._tile_columns = self._resized(self._tile_columns, pixels)
 
     @property
     def tile_sample_stride_height(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,10 +16,12 @@ class Tiles:
     Args:
         size: of a tile.
         stride: from the start of one to the start of the next; `size - stride` is the overlap.
+        chosen: whether somebody chose the stride, which then stays where the size changes.
     """
 
     size: int
     stride: int
+    chosen: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.stride <= self.size:

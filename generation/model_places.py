@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def locate(model: str) -> str:
             return str(demo.path(model))
         except OSError as error:
             raise BadInput("model", str(error).rstrip("."), value=model) from error
-    if Path(model).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(model)):
         from ..pipelines.run_folder import NoAdapter, model_path
 
         try:

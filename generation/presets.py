@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .model_facts import ModelFacts
     from .request import Settings
 
+_SNAPSHOT = re.compile(r"/models--([^/]+)/snapshots/[^/]+$")
+"""The folder of a model in the hub's cache; "owner--name" is the id."""
 _EXTENT = re.compile(r"\d+ frames of \d+x\d+")
 LEVERS = ("cache", "quantize", "compile", "decoder", "guidance_cache")
 """Levers that a request has fields for, which no other part of this layer carries out."""
@@ -176,13 +178,15 @@ def other_model_note(preset: Preset, facts: ModelFacts) -> str:
 
 
 def _location(model: str) -> str:
-    """Where a model is, whole, so that two can be told apart; its name where it is not here."""
+    """Where a model is, whole, so that two can be told apart; its name where it is not here, or in the hub's cache."""
     from ..pipelines.presets.files import whole_model
 
     try:
-        return whole_model(locate(model))
+        place = whole_model(locate(model))
     except BadInput:
-        return whole_model(model)
+        place = whole_model(model)
+    in_cache = _SNAPSHOT.search(Path(place).as_posix())
+    return place if in_cache is None else in_cache[1].replace("--", "/", 1)
 
 
 def check_beside(

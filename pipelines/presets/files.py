@@ -11,7 +11,7 @@ import yaml
 
 from ...attention.methods import METHODS, Method
 from ...demo import MODELS
-from ..locations import is_hub_id, is_single_file
+from ..locations import is_hub_id, is_model, is_single_file
 from ..nearest_name import nearest
 from ..plain_content import content_of
 from ..whole_files import write_bytes
@@ -113,7 +113,7 @@ def absolute(preset: Preset) -> Preset:
 
 def whole_model(name: str) -> str:
     """A model by a name that holds in all folders: the whole path of what is there, other names as they are."""
-    if not name or name in MODELS or not Path(name).expanduser().exists():
+    if not name or name in MODELS or not is_model(name):
         return name
     return str(Path(name).expanduser().resolve())
 

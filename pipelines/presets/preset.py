@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from ...attention.methods.description import describe, described, in_words
 from ...attention.plain_values import plain
 from ...demo import MODELS
 from ..guidance_cache.settings import GuidanceCache
-from ..locations import is_hub_id
+from ..locations import is_hub_id, is_model
 from ..lora_files import TARGETS, LoraFile
 from ..nearest_name import nearest
 from .errors import PresetError
@@ -285,7 +286,8 @@ class Preset:
             if name in values and not isinstance(values[name], Mapping):
                 raise PresetError(name, "it must hold names and values", value=repr(values[name]))
         for name in ("model", "base"):
-            if (place := values.get(name, "")) not in ("", *MODELS) and _lies_in(place, folder):
+            place = values.get(name, "")
+            if folder is not None and place not in ("", *MODELS) and is_model(folder / place):
                 values[name] = _place(name, place, folder)
         values |= _attention(content.get("attention"), folder)
         places = several("guidance_free", content.get("guidance_free"))
@@ -300,7 +302,8 @@ class Preset:
             if (stated := content.get(name)) is not None:
                 values[name] = stated
         if (stated := content.get("decoder")) is not None:
-            known = stated == OWN or (isinstance(stated, str) and is_hub_id(stated) and not _lies_in(stated, folder))
+            beside = folder is not None and isinstance(stated, str) and os.path.exists(folder / stated)
+            known = stated == OWN or (isinstance(stated, str) and is_hub_id(stated) and not beside)
             values["decoder"] = stated if known else _place("decoder", stated, folder)
         return cls(**values)
 
@@ -429,10 +432,6 @@ def _place(lever: str, place: Any, folder: Path | None) -> str:
     if path.is_absolute() or folder is None:
         return str(path)
     return str(folder / path) if ".." not in path.parts else str((folder / path).resolve())
-
-
-def _lies_in(place: str, folder: Path | None) -> bool:
-    return folder is not None and (folder / place).exists()
 
 
 def _check_names(where: str, stated: Any, known: Iterable[str], other: str = "") -> None:

@@ -199,6 +199,26 @@ def test_tiles_have_diffusers_names():
         model.tile_sample_min_width = factor + 1
 
 
+def test_a_stride_that_was_chosen_stays_where_the_size_changes():
+    """In whichever order both are set."""
+    model = make_autoencoder()
+    factor = model.spatial_compression_ratio
+    for axis in ("height", "width"):
+        setattr(model, f"tile_sample_stride_{axis}", 4 * factor)
+        setattr(model, f"tile_sample_min_{axis}", 16 * factor)
+    assert model._tile_rows == model._tile_columns == Tiles(16 * factor, 4 * factor)
+    model.tile_sample_min_height = 3 * factor  # into which it does not fit
+    assert model._tile_rows == Tiles(3 * factor, 2 * factor)
+    model.enable_tiling(16 * factor, tile_sample_stride_height=12 * factor)  # that which is the default
+    model.tile_sample_min_height = 20 * factor
+    assert model._tile_rows == Tiles(20 * factor, 12 * factor)
+    model.enable_tiling()
+    model.tile_sample_min_height = 16 * factor
+    assert model._tile_rows == Tiles(16 * factor, 12 * factor)
+    with pytest.raises(ValueError, match="multiples of 4 pixels, not '16'"):
+        model.tile_sample_min_height = "16"
+
+
 def test_an_empty_batch_is_one_with_tiles_too():
     model = make_autoencoder()
     model.enable_tiling(2 * model.spatial_compression_ratio, 2 * model.spatial_compression_ratio)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from vidaccel.generation.api import carry_out
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.model_facts import inspect_model
+from vidaccel.generation.presets import other_model_note
 from vidaccel.generation.report import write_report
 from vidaccel.generation.request import Settings
 from vidaccel.generation.run import run, warm_up
@@ -149,6 +151,13 @@ def test_a_preset_that_was_measured_with_another_model_is_told(pipe, tmp_path):
     ratios = {"cache": Cache("magcache", settings={"mag_ratios": [1.0] * 4})}
     copy = tmp_path / "copy"
     copy.symlink_to(demo.path(), target_is_directory=True)
+    kept = tmp_path / "hub" / "models--owner--a-name" / "snapshots" / "0f"
+    shutil.copytree(demo.path(), kept)
+    for asked, named in (("owner/a-name", kept), (kept, "owner/a-name")):
+        assert not other_model_note(
+            Preset(model=str(asked), **found), replace(inspect_model(str(kept)), name=str(named))
+        )
+    assert notes(str(kept), model="owner/another", **found)
     for model in ("demo", pipe, str(demo.path()), str(copy)):
         assert not notes(model, model="demo", **found) and not notes(model, model=str(copy), **ratios)
     for model, name in (("demo-dc", "demo-dc"), (pipe, "demo")):

@@ -185,6 +185,19 @@ def test_an_output_that_there_is_none_of_is_told_before_the_first_step(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_an_image_processor_of_one_s_own_stays(name):
+    pipe = pipeline(name)
+    plain = generate(pipe)
+
+    class Mirrored(type(pipe.image_processor)):
+        def postprocess(self, image, output_type="pil", **options):
+            return super().postprocess(image.flip(-1), output_type, **options)
+
+    pipe.image_processor = own = Mirrored(vae_scale_factor=pipe.image_processor.config.vae_scale_factor)
+    assert np.array_equal(generate(pipe), plain[:, :, ::-1]) and pipe.image_processor is own
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_pictures_of_nothing_are_told(name, caplog):
     """As pixels they are black."""
     pipe = pipeline(name)

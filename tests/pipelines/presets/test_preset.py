@@ -122,8 +122,15 @@ def test_a_model_is_beside_the_preset_that_names_it_or_where_it_was(tmp_path, mo
     """A folder there goes before others; the built-in models and hub ids are names."""
     for folder in ("mine", "demo", "there/own", "there/owner/name"):
         (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "model_index.json").write_text("{}")
+    for folder in ("there/other/name", "third/name"):  # empty, as a download that failed leaves it
+        (tmp_path / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     there = tmp_path / "there"
+    (there / "notes").write_text("of the model of this name")
+    (there / "x.safetensors").write_bytes(b"")
+    (there / "run").mkdir()
+    (there / "run" / "config.yaml").write_text("recipe: ae_adapt\n")
     for name, found in (
         ("own", there / "own"),
         ("owner/name", there / "owner" / "name"),
@@ -131,16 +138,24 @@ def test_a_model_is_beside_the_preset_that_names_it_or_where_it_was(tmp_path, mo
         ("mine", "mine"),
         ("demo", "demo"),
         ("other/name", "other/name"),
+        ("third/name", "third/name"),
+        ("notes", "notes"),
+        ("x.safetensors", there / "x.safetensors"),
+        ("run", there / "run"),
+        ("x" * 300, "x" * 300),
+        ("x/" + "y" * 300, "x/" + "y" * 300),
     ):
         (there / "a.yaml").write_text(f"version: 1\nmodel: {name}\nbase: {name}\n")
         loaded = load_preset("there/a.yaml")
-        assert loaded.model == loaded.base and Path(loaded.model).resolve() == Path(found).resolve(), name
+        assert loaded.model == loaded.base and Path(loaded.model).absolute() == Path(found).absolute(), name
     # What is named relative to the current folder is found from elsewhere, too.
     save_preset(Preset(model="mine", base="demo"), "there/b.yaml")
     monkeypatch.chdir(there)
     loaded = load_preset("b.yaml")
     assert (loaded.model, loaded.base) == (str(tmp_path / "mine"), "demo")
-    assert load_preset(save_preset(Preset(model="other/name"), "b.yaml")).model == "other/name"
+    for name in ("other/name", "x" * 300):
+        assert load_preset(save_preset(Preset(model=name), "b.yaml")).model == name
+    assert load_preset(save_preset(Preset(decoder="x/" + "y" * 300), "b.yaml")).decoder == "x/" + "y" * 300
 
 
 def test_what_is_not_said_is_the_default():
