@@ -8,7 +8,16 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import Clusters, cluster, cluster_mass, for_heads, plan_with_text, renewed, spend
+from ..clusters import (
+    Clusters,
+    cluster,
+    cluster_mass,
+    for_heads,
+    log_mass_of_means,
+    plan_with_text,
+    renewed,
+    spend,
+)
 from ..groups import repeat_heads
 from ..heads import HeadShare
 from ..layout import VideoLayout
@@ -35,18 +44,18 @@ class SVG2(Method):
     for each key computed. Without, what a cluster would move the centroid's output by, from means alone.
 
     Args:
-        q_clusters, k_clusters: clusters of queries and of keys; when None `0.364 N^0.5`, at least 36, and `1.8 N^0.5`,
-            which is the paper's (100, 500) at 75,600 tokens, (36, 165) at 8,448 and (36, 43) at 576. Short sequences
-            need relatively many query clusters: one that spans a whole object and its background has no keys to leave
-            out.
+        q_clusters, k_clusters: clusters of queries and of keys; when None `0.364 N^0.5`, at least 36, and `1.8 N^0.5`:
+            (36, 43) at 576 tokens, (36, 165) at 8,448 and (100, 495) at 75,600, where the paper has (100, 500). Short
+            sequences need relatively many query clusters: one that spans a whole object and its background has no keys
+            to leave out.
         top_p: share of the estimated softmax mass to keep, in (0, 1].
         min_ratio: share of the key clusters that is always kept, in [0, 1].
         compensate: let the clusters that a query does not read enter through their mean key and mean value (see
             `attention/skipped.py`). Those pairs count in the density: one per query and skipped cluster, which is
             little in long sequences and much in short ones. Needs a backend that returns the log-sum-exp.
         density: when given, replaces `top_p` and `min_ratio`: each call finds the `top_p` that computes this share of
-            all pairs, the mean over its heads, in (0, 1]. Each query cluster keeps its best key cluster all the same,
-            so less than one for each is refused (`check`).
+            all pairs, the mean over its heads, in (0, 1], to the nearest pair of clusters. Each query cluster keeps its
+            best key cluster all the same, so less than one for each is refused (`check`).
         route: "mass", the paper's; or "error", see above, which needs a density and, with `compensate`, holds the
             centroids of the queries against every key, at `query clusters / 2 / tokens` of the cost of a dense call.
         init_iterations: k-means iterations at the first sparse step of a run.
@@ -148,29 +157,55 @@ class SVG2(Method):
         clusters = self._cluster(k, k_clusters, layout, memory.call, "svg2_k")
         keys = for_heads(clusters, q.shape[1])
         k, v = (x[:, :, layout.video] for x in (k, v))
-        mass = cluster_mass(queries.means, keys.means, keys.sizes)
+        log_mass = log_mass_of_means(queries.means, keys.means, keys.sizes)
         if self.compensate or self.route == "error":
             v_means = renewed(v, clusters._replace(means=torch.zeros_like(clusters.means))).means
             v_means = repeat_heads(v_means, q.shape[1])
         if self.route == "error":
-            selected = self._by_error(mass, queries, k, clusters, v_means, layout, memory.heads)
+            selected = self._by_error(log_mass.softmax(-1), queries, k, clusters, v_means, layout, memory.heads)
             facts: dict[str, Any] = {"planning_pairs": self.planning_pairs(layout)}
+        elif self.density is None:
+            selected = _select(log_mass.softmax(-1), self.top_p, int(self.min_ratio * k_clusters))
+            facts = {"top_p": self.top_p}
         else:
-            ranked = _ranked(mass)
-            if self.density is None:
-                top_p: float | torch.Tensor = self.top_p
-                forced = int(self.min_ratio * k_clusters)
-            else:
-                every, q_sizes, k_sizes = (memory.heads.gather(x) for x in (mass, queries.sizes, keys.sizes))
-                over_all = ranked if every is mass else _ranked(every)
-                top_p, forced = _top_p_for(self.density, over_all, q_sizes, k_sizes, layout, self.compensate), 1
-            selected = _select(ranked, top_p, forced)
-            facts = {"top_p": top_p.flatten() if isinstance(top_p, torch.Tensor) else top_p}
+            of_all = (memory.heads.gather(x) for x in (log_mass, queries.sizes, keys.sizes))
+            selected, top_p = self._by_mass(*of_all, layout)
+            selected, facts = memory.heads.mine(selected), {"top_p": top_p}
         plan = plan_with_text(queries, keys, selected, layout)
         if self.compensate:
             text = (0, 0, 0, int(layout.text_tokens > 0))  # the text's own cluster, which is never skipped
             plan = replace(plan, skipped=SkippedClusters(*(F.pad(x, text) for x in (keys.means, v_means))))
         return plan.with_details(q_cluster_sizes=_deciles(queries.sizes), k_cluster_sizes=_deciles(keys.sizes), **facts)
+
+    def _by_mass(
+        self, log_mass: torch.Tensor, q_sizes: torch.Tensor, k_sizes: torch.Tensor, layout: VideoLayout
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The clusters that `route="mass"` reads at a density, `[B, H, Cq, Ck]` bool, and the `top_p` of it, `[B]`.
+
+        All is of all heads of the layer. One value for them lets a diffuse head read more than a sharp one; one for
+        each batch entry keeps a video from depending on its neighbours in the batch.
+        """
+        ordered, ranking = log_mass.log_softmax(-1).sort(dim=-1, stable=True)
+        sizes = k_sizes.unsqueeze(-2).expand(ranking.shape).gather(-1, ranking)
+        if self.compensate:
+            sizes = (sizes - 1).clamp(min=0)
+        # A higher top_p takes in clusters by the mass that lies before them. Ranked is the mass from them on: where
+        # heads are sharp, the sum of what lies before rounds to 1 for most clusters, which would be taken all or none.
+        # What rounds to 0 even so goes by its own mass, of which the log is known.
+        rest = running_sum(ordered.exp()).log().maximum(ordered)
+        keep = spend(rest, q_sizes.unsqueeze(-1) * sizes, self._budget(k_sizes, layout))
+        keep[..., -1] = True  # no query may read nothing
+        top_p = -rest.where(keep, 0.0).amin((1, 2, 3)).expm1()
+        return torch.zeros_like(keep).scatter_(-1, ranking, keep), top_p
+
+    def _budget(self, k_sizes: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
+        """Pairs of tokens that the density leaves to clusters read, `[B]`; the sizes are those of all heads."""
+        pairs = (self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2
+        pairs *= k_sizes.shape[1]
+        if not self.compensate:
+            return torch.full(k_sizes.shape[:1], pairs, device=k_sizes.device)
+        # Each query reads the mean of a cluster unless it reads its tokens.
+        return pairs - layout.video_tokens * (k_sizes > 0).sum((1, 2))
 
     def _by_error(
         self,
@@ -186,18 +221,15 @@ class SVG2(Method):
         k_sizes = repeat_heads(keys.sizes, mass.shape[1])
         rows, sizes = queries.sizes.unsqueeze(-1), k_sizes.unsqueeze(-2)
         cost = rows * (sizes - int(self.compensate)).clamp(min=0)
-        count = heads.total(mass.shape[1])
-        pairs = count * ((self.density or 0.0) * layout.tokens**2 - layout.tokens**2 + layout.video_tokens**2)
-        budget = torch.full(mass.shape[:1], pairs, device=mass.device)
         if self.compensate:
             error = map_error(queries.means, k, keys, k.shape[-1] ** -0.5)
-            budget = budget - layout.video_tokens * heads.gather(k_sizes > 0).sum((1, 2))
         else:
             error = mass.square() * torch.cdist(mass @ v_means, v_means).square()
         rank = (error / sizes.clamp(min=1)).masked_fill(cost == 0, -torch.inf)
         if not self.compensate:  # no query may read nothing
             best = torch.zeros_like(rank, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
             rank = rank.masked_fill(best & (cost > 0), torch.inf)
+        budget = self._budget(heads.gather(k_sizes), layout)
         selected = heads.mine(spend(heads.gather(rank), heads.gather(cost), budget))
         return selected if self.compensate else selected | best
 
@@ -225,7 +257,7 @@ def select_clusters(
         `[B, H, Cq, Ck]` bool.
     """
     mass = cluster_mass(q_centroids, k_centroids, k_sizes)
-    return _select(_ranked(mass), top_p, int(min_ratio * mass.shape[-1]))
+    return _select(mass, top_p, int(min_ratio * mass.shape[-1]))
 
 
 def _deciles(sizes: torch.Tensor) -> torch.Tensor:
@@ -235,47 +267,9 @@ def _deciles(sizes: torch.Tensor) -> torch.Tensor:
     return torch.stack([ordered[(i * last + 5) // 10] for i in range(11)]).float()
 
 
-def _ranked(mass: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key clusters by falling mass, and the mass that lies before each of them."""
+def _select(mass: torch.Tensor, top_p: float, forced: int) -> torch.Tensor:
+    """The key clusters before which less than `top_p` of the mass lies, and the first `forced` ones."""
     ordered, ranking = mass.sort(dim=-1, descending=True, stable=True)
-    return ranking, running_sum(ordered) - ordered
-
-
-def _select(ranked: tuple[torch.Tensor, torch.Tensor], top_p: float | torch.Tensor, forced: int) -> torch.Tensor:
-    ranking, before = ranked
-    keep = before < top_p
+    keep = running_sum(ordered) - ordered < top_p
     keep[..., : max(1, forced)] = True  # at least one: no query may read nothing
     return torch.zeros_like(keep).scatter_(-1, ranking, keep)
-
-
-def _top_p_for(
-    density: float,
-    ranked: tuple[torch.Tensor, torch.Tensor],
-    q_sizes: torch.Tensor,
-    k_sizes: torch.Tensor,
-    layout: VideoLayout,
-    compensate: bool,
-) -> torch.Tensor:
-    """The smallest `top_p` at which this call computes `density` of all pairs, `[B, 1, 1, 1]`, without a host sync.
-
-    `ranked` and the sizes are those of all heads.
-
-    One value for all heads lets a diffuse head read more than a sharp one; one for each batch entry keeps a video from
-    depending on its neighbours in the batch.
-    """
-    ranking, before = ranked
-    keys = k_sizes.unsqueeze(-2).expand(ranking.shape).gather(-1, ranking)
-    clusters: int | torch.Tensor = 0
-    if compensate:  # each query reads the mean of a cluster unless it reads its tokens
-        clusters = (k_sizes > 0).sum((1, 2)).unsqueeze(-1)
-        keys = (keys - 1).clamp(min=0)
-    pairs = (keys * q_sizes.unsqueeze(-1)).flatten(1)
-    text_pairs = layout.tokens**2 - layout.video_tokens**2
-    wanted = (density * layout.tokens**2 - text_pairs) * ranking.shape[1] - clusters * layout.video_tokens
-    # Raising top_p takes in the pairs of clusters in the order of the mass that lies before them; the best cluster of
-    # each row, before which there is none, comes first and is kept anyway.
-    thresholds, order = before.flatten(1).sort(-1)
-    total = pairs.gather(-1, order).cumsum(-1)
-    last = (total < wanted).sum(-1, keepdim=True).clamp(max=total.shape[-1] - 1)
-    passed = thresholds.gather(-1, last)
-    return torch.nextafter(passed, torch.full_like(passed, torch.inf)).view(-1, 1, 1, 1)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,31 @@ def test_the_density_asked_for_is_computed(layout, density):
     q, k, v = torch.randn(3, 2, 3, layout.tokens, 16)
     plan = SVG2(density=density).plan(q, k, v, layout, PlanMemory()).validate()
     assert plan.density() == pytest.approx(density, abs=0.02)
+
+
+@pytest.mark.parametrize("scale", [2.0, 3.0, 6.0])
+@pytest.mark.parametrize("compensate", [False, True])
+def test_the_density_asked_for_is_computed_where_heads_are_sharp(scale, compensate):
+    """A few clusters have all of the mass, as float32 adds it up: the others must not count as equally good."""
+    torch.manual_seed(0)
+    layout = VideoLayout(9, 8, 8)
+    tokens = torch.randn(20, 64)[torch.randint(0, 20, (layout.tokens,))] + 0.3 * torch.randn(1, 4, layout.tokens, 64)
+    q, k, v = scale * tokens, scale * tokens + 0.1 * torch.randn_like(tokens), torch.randn_like(tokens)
+    plan = SVG2(density=0.4, compensate=compensate).plan(q, k, v, layout, PlanMemory()).validate()
+    assert plan.density() == pytest.approx(0.4, abs=0.005)
+    shares = plan.pairs().double().flatten() / layout.tokens**2
+    assert (shares - 0.4).abs().max() < 0.15  # nor is what is left given to the first heads
+    assert 0.99 < float(plan.details["top_p"]) <= 1
+
+
+def test_a_density_reads_the_best_clusters_of_each_query():
+    q, k, v = torch.randn(3, 2, 3, LAYOUT.tokens, 16)
+    method = SVG2(density=0.3, q_clusters=8, k_clusters=16)
+    plan = method.plan(q, k, v, LAYOUT, PlanMemory())
+    for entry, top_p in enumerate(plan.details["top_p"].tolist()):
+        one = replace(method, density=None, top_p=top_p + 1e-5, min_ratio=0.0)
+        same = one.plan(*(x[entry : entry + 1] for x in (q, k, v)), LAYOUT, PlanMemory())
+        assert plan.to_dense_mask()[entry].equal(same.to_dense_mask()[0])
 
 
 def test_a_density_below_that_of_the_text_is_refused():
