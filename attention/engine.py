@@ -116,7 +116,7 @@ class SparseAttention:
 
     def forget_run(self) -> None:
         """Forget what is of one run alone, at its end; plans that a backward pass needs stay."""
-        self._call_memory: dict[tuple, dict[str, Any]] = {}
+        self._call_memory: dict[tuple, tuple[dict[str, Any], ...]] = {}  # `call`, `counts` and `drawn`
         self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
         self._run_memory: dict[str, Any] = {}
         self._seen: set[VideoLayout] = set()  # layouts of which a plan of somebody's own method was looked at
@@ -136,11 +136,14 @@ class SparseAttention:
             plans.clear()
         self._backward_plans.clear()
         self._grad_plans: dict[tuple, BlockPlan] = {}
+        self._grad_counts: dict[tuple, dict[str, int]] = {}  # as they were before each of them
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts with a run, so without a memory.
         state = {**self.__dict__, "_backward_plans": []}
-        return state | dict.fromkeys(("_layout_memory", "_call_memory", "_shares", "_run_memory", "_grad_plans"))
+        return state | dict.fromkeys(
+            ("_layout_memory", "_call_memory", "_shares", "_run_memory", "_grad_plans", "_grad_counts")
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -198,10 +201,10 @@ class SparseAttention:
 
         Gradient checkpointing runs layers again in the backward pass, when other forward passes may have come since.
         """
-        entered = self.step, self.layouts, self._grad_plans, self._entered_with_gradients
+        entered = self.step, self.layouts, self._grad_plans, self._grad_counts, self._entered_with_gradients
 
         def again() -> None:
-            self.step, self.layouts, self._grad_plans, self._entered_with_gradients = entered
+            self.step, self.layouts, self._grad_plans, self._grad_counts, self._entered_with_gradients = entered
             self._backward_plans.append(self._grad_plans)
 
         return again
@@ -407,6 +410,10 @@ class SparseAttention:
         if checkpointed or wants_gradient(q, k, v):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
             memory = replace(memory, call={})
+            if key in self._grad_counts:  # of a pass whose plans were dropped since: it is planned as it was
+                memory = replace(memory, counts=dict(self._grad_counts[key]))
+            else:
+                self._grad_counts[key] = dict(memory.counts)
         # Under autocast, products would lose the float32 that methods compute in.
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             plan = self.method.plan(q, k, v, self.layouts[sample], memory)
@@ -433,11 +440,12 @@ class SparseAttention:
         place = (self.layouts[sample], q.device)
         # `_of_layout` finds the calls of a layout by the end of this.
         call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
-        kept, before = self._call_memory.get(call, {}), self._shares.get(call, heads)
+        kept, counts, drawn = self._call_memory.get(call, ({}, {}, {}))
+        before = self._shares.get(call, heads)
         if heads is not before:
             kept = heads.taken_over(kept, before)
-        self._call_memory[call], self._shares[call] = kept, heads
-        return PlanMemory(kept, self._of_layout(place), self._run_memory, heads)
+        self._call_memory[call], self._shares[call] = (kept, counts, drawn), heads
+        return PlanMemory(kept, self._of_layout(place), self._run_memory, heads, counts, drawn)
 
     def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
         """The memory of a layout on a device, which is now the one used last; what is kept of others goes."""

@@ -50,16 +50,21 @@ class PlanMemory:
     """What a method may keep between calls, and whose heads the call has. The engine owns it: methods hold no state.
 
     Args:
-        call: of one (model, layer, guidance branch, layout); emptied when a run starts.
+        call: of one (model, layer, guidance branch, layout); emptied when a run starts, and before each call of a
+            training, whose steps are of unlike samples.
         layout: shared by every layer of one layout and device; holds what needs nothing else, such as static masks.
         run: shared by every layer; emptied when a run starts.
         heads: what is decided over all heads of a layer, or by a head's number, goes through it.
+        counts: how often one call was made, which a training counts on; emptied when a run starts.
+        drawn: what was drawn for one call without a look at q, k and v, which a training keeps; emptied as `counts`.
     """
 
     call: dict[str, Any] = field(default_factory=dict)
     layout: dict[Any, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     heads: HeadShare = ALL_HEADS
+    counts: dict[str, int] = field(default_factory=dict)
+    drawn: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

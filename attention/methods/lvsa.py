@@ -147,8 +147,8 @@ class LVSA(Method):
     ) -> BlockPlan:
         """The plan of this step, one for all batches and heads, of which `memory.layout` has one for each turn."""
         interval = self.interval_of(layout.frames)
-        turn = memory.call.get("turn", 0) % interval if self.rotate else 0
-        memory.call["turn"] = turn + 1
+        turn = memory.counts.get("turn", 0) % interval if self.rotate else 0
+        memory.counts["turn"] = turn + 1
         if (self, turn) not in memory.layout:
             memory.layout[self, turn] = self._plan_at(layout, turn).to(q.device).with_details(interval=interval)
         return memory.layout[self, turn]

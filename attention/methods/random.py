@@ -71,8 +71,8 @@ class RandomBlocks(Method):
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
-        if "random" in memory.call:
-            return memory.call["random"]
+        if "random" in memory.drawn:
+            return memory.drawn["random"]
         if "generator" not in memory.run:
             memory.run["generator"] = torch.Generator("cpu").manual_seed(self.seed)
         batch, heads, length = q.shape[:3]
@@ -86,5 +86,5 @@ class RandomBlocks(Method):
         mask = memory.heads.mine(mask)
         plan = BlockPlan.from_block_mask(mask, self.block_size, self.block_size, length, length).to(q.device)
         if not self.redraw:
-            memory.call["random"] = plan
+            memory.drawn["random"] = plan
         return plan

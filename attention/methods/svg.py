@@ -91,8 +91,8 @@ class SVG(Method):
         if self not in memory.layout:
             memory.layout[self] = _Static(self, layout, q.device)
         static: _Static = memory.layout[self]
-        calls = memory.call.get("svg_calls", 0)
-        memory.call["svg_calls"] = calls + 1
+        calls = memory.counts.get("svg_calls", 0)
+        memory.counts["svg_calls"] = calls + 1
         temporal = static.profile(q, k, v, calls % ROW_SETS)
         return static.combine(temporal).with_details(temporal=temporal.float().mean(0))
 

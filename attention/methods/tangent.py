@@ -208,8 +208,8 @@ class Tangent(Method):
         scale = q.shape[-1] ** -0.5
         of_text = (text_of(k, layout), text_of(v, layout)) if layout.text_tokens else None
         q, k, v = (x[:, :, layout.video] for x in (q, k, v))
-        calls = memory.call.get("tangent_calls", 0)
-        memory.call["tangent_calls"] = calls + 1
+        calls = memory.counts.get("tangent_calls", 0)
+        memory.counts["tangent_calls"] = calls + 1
         queries, clusters = (
             self._clusters(x, count, memory.call, name, anew=calls % self.recluster_every == 0)
             for x, count, name in zip((q, k), self.cluster_counts(layout.video_tokens), ("q", "k"), strict=True)
