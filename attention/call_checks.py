@@ -62,10 +62,14 @@ class CallChecks:
             # NaN and infinity survive a sum (opposite infinities make NaN), and a sum needs no second tensor. It is one
             # over all processes, which must all stop where one does.
             if not torch.isfinite(heads.sum(x.detach().sum(dtype=torch.float32))):
-                counts = torch.tensor([int((~torch.isfinite(x)).sum()), x.numel()], device=x.device)
+                # That of large numbers may be infinite, too. In float32, since plans are made in it.
+                counts = torch.tensor([int((~torch.isfinite(x.detach().float())).sum()), x.numel()], device=x.device)
                 bad, count = heads.sum(counts).tolist()
+                if not bad:
+                    continue
+                beyond = " in float32, in which plans are made," if x.dtype == torch.float64 else ""
                 raise NotFinite(
-                    f"{bad} of {count} values of {name} are NaN or infinite in layer "
+                    f"{bad} of {count} values of {name} are NaN or infinite{beyond} in layer "
                     f"{layer} at step {step.step}: no plan can be made from them. Check the weights and the dtype "
                     f"({x.dtype}); bfloat16 overflows less than float16."
                 )

@@ -286,7 +286,7 @@ def check_reach(
     told = [f"{what} makes {count / layout.tokens**2:.3f}" for what, count in pairs.items() if count]
     told[0] += " of the pairs"
     fixes = easing if text < density else {}  # else the text alone is too much
-    enough = math.ceil(least * 1000) / 1000  # as it is printed, it must be possible
+    enough = printable(least)
     raise OutOfReach(
         f"{owner} density is {density}, but {' and '.join(told)}: "
         f"{either([f'raise density to {enough:.3f} or more', *fixes.values()])}.",
@@ -295,6 +295,11 @@ def check_reach(
         least=least,
         eased_by=tuple(fixes),
     )
+
+
+def printable(least: float) -> float:
+    """A bound to three digits, rounded up: as it is printed, it must be possible."""
+    return math.ceil(least * 1000) / 1000
 
 
 def blocks_for_density(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from ..own_kernels import use_kernels
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
 from .base import (
+    SINK_SHARE,
     Method,
     OutOfReach,
     PlanMemory,
@@ -21,6 +22,7 @@ from .base import (
     check_fraction,
     check_seed,
     first_frame_pays,
+    printable,
 )
 
 # Sets of profiled rows kept per layout and used in turn: one set would judge every layer by the same tokens, a fresh
@@ -103,10 +105,11 @@ class SVG(Method):
             OutOfReach: even the narrowest band computes more than `density`.
         """
         low, high = 0, layout.video_tokens
-        least = self._density(layout, low)
-        if least > self.density:
+        if not self._allowed(layout, self.density):
+            bounds = self._bounds(layout)
+            printed = next((x for x in map(printable, bounds) if self._allowed(layout, x)), 1.0)
             raise OutOfReach(
-                f"SVG density {self.density} is below {least:.3f}, the least for {layout} with tiles of "
+                f"SVG density {self.density} is below {printed:.3f}, the least for {layout} with tiles of "
                 f"{self.tile_size(layout)} queries"
                 + (f" and the {layout.beside}, which stays dense" if layout.text_tokens else "")
                 + ": raise density to that"
@@ -115,7 +118,7 @@ class SVG(Method):
                 + ".",
                 "density",
                 self.density,
-                least=least,
+                least=next((x for x in bounds if self._allowed(layout, x)), 1.0),
                 eased_by=("tile", "sink"),
             )
         while low < high:
@@ -125,6 +128,18 @@ class SVG(Method):
             else:
                 low = middle + 1
         return low
+
+    def _allowed(self, layout: VideoLayout, density: float) -> bool:
+        """Whether the narrowest band computes no more than a density, at which there may be a sink or none."""
+        return replace(self, density=density)._density(layout, 0) <= density
+
+    def _bounds(self, layout: VideoLayout) -> list[float]:
+        """Where densities above one that is not allowed may begin to be."""
+        bounds = [self._density(layout, 0)]
+        if self.sink is None and not self._has_sink(layout):  # raised that far, there may be one, which costs more
+            begins = layout.tokens_per_frame / layout.tokens / SINK_SHARE
+            bounds.append(max(begins, replace(self, sink=True)._density(layout, 0)))
+        return bounds
 
     def tile_size(self, layout: VideoLayout) -> int:
         """Queries per tile, about a hundredth of the sequence: kernels want large ones, but a tile must stay a small

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from plans import masked_attention
 
 from vidaccel import SVG, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
+from vidaccel.attention.methods.base import OutOfReach
 
 LAYOUTS = [VideoLayout(5, 4, 6), VideoLayout(5, 4, 6, 7, 0), VideoLayout(7, 3, 5, 3, 5), VideoLayout(9, 8, 8, 0, 11)]
 
@@ -120,6 +123,22 @@ def test_bad_values_are_named(values, message):
 def test_a_density_that_no_band_reaches_is_refused_with_the_least():
     with pytest.raises(ValueError, match=r"density 0.05 is below 0\.\d+.*sink=False"):
         SVG(density=0.05, sink=True).check(VideoLayout(9, 8, 8))
+
+
+@pytest.mark.parametrize("layout", [VideoLayout(7, 7, 1, 3, 17), VideoLayout(21, 8, 8, 0, 5), VideoLayout(13, 6, 9)])
+@pytest.mark.parametrize("sink", [None, True, False])
+def test_the_least_that_is_told_is_allowed(layout, sink):
+    """Rounded as it is told, and where a density that was raised to it is enough to read the first frame whole."""
+    for density in (0.01, 0.1, 0.2, 0.3):
+        try:
+            SVG(density=density, sink=sink).check(layout)
+        except OutOfReach as refused:
+            told = float(re.search(r"is below (\d\.\d{3})", str(refused)).group(1))
+            assert density < refused.least <= told
+            for least in (refused.least, told):
+                SVG(density=least, sink=sink).check(layout)
+            with pytest.raises(OutOfReach):
+                SVG(density=refused.least - 1e-6, sink=sink).check(layout)
 
 
 def test_the_first_frame_is_read_whole_where_it_is_a_small_part():
