@@ -49,6 +49,13 @@ class GatherBackend(Backend):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if plan.skipped is not None and torch.is_autocast_enabled(q.device.type):
             return without_autocast(self.attend, q, k, v, plan, scale, return_lse)
+        if torch.compiler.is_compiling():  # a graph for each tile would take minutes to make
+            return torch.compiler.disable(self._attend)(q, k, v, plan, scale, return_lse)
+        return self._attend(q, k, v, plan, scale, return_lse)
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         # Elsewhere an operation for each tile costs more than the passes over q and the output that it saves.
         in_place = q.device.type == "cpu" and not wants_gradient(q, k, v)
         queries = q if in_place else permute(q, plan.q_order)

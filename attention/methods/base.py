@@ -327,7 +327,8 @@ def blocks_for_density(
     """
     check_fraction(owner, "density", density, fix="0.1 computes 10 % of the pairs")
     computed = [reading(count).expected_density(layout) or 0.0 for count in range(1, blocks + 1)]
-    if density < computed[0] - 0.5 / blocks:
+    # To half a block it is met; where the video is one block, nothing but all of it can be.
+    if density < computed[0] - (0.5 / blocks if blocks > 1 else 0.0):
         raise OutOfReach(
             f"{owner} density {density} is below {computed[0]:.3f}, which is {one_block}"
             f"{f' and the {layout.beside}' if layout.text_tokens else ''}: raise density, or use {easing}.",

@@ -14,7 +14,17 @@ from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..running_sum import running_sum
 from ..schedule import DenseSchedule
-from .base import Method, OutOfReach, PlanMemory, check_count, check_flag, check_fraction, check_undecided, is_number
+from .base import (
+    Method,
+    OutOfReach,
+    PlanMemory,
+    blocks_for_density,
+    check_count,
+    check_flag,
+    check_fraction,
+    check_undecided,
+    is_number,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +111,6 @@ class Sparge(Method):
                 key block a query block cost; a similarity that is not off, with which the density depends on the
                 content.
         """
-        check_fraction("Sparge", "density", density, fix="0.3 computes 30 % of the pairs")
-        video = (layout.video_tokens / layout.tokens) ** 2
         check_undecided("Sparge", density, settings, "topk", "cdf")
         method = cls(**{**settings, "topk": 1.0})
         if method.similarity >= 0:
@@ -113,30 +121,28 @@ class Sparge(Method):
                 method.similarity,
                 most=0.0,
             )
-        tokens, block = layout.video_tokens, method.block[1]
-        blocks = -(-tokens // block)
-        tails = [tokens % size / tokens * method.published for size in method.block]
+        blocks = method._blocks(layout)
+        tails = any(layout.video_tokens % size for size in method.block) and method.published
+        one = f"one key block of {method.block[1]} tokens for each query block"
+        one += f"{', the sink' if method.sink else ''}{', the last blocks' if tails else ''}"
 
-        def computed(count: int) -> float:
-            """The density with so many key blocks; the sink is one of them as often as any other."""
-            read = count + method.sink * (1 - count / blocks)
-            share = min(1.0, read * block / tokens + tails[1]) if tails[1] else read / blocks
-            return 1 - video * (1 - tails[0]) * (1 - share)
+        def reading(count: int) -> Sparge:
+            return replace(method, topk=min(1.0, (count + 0.5) / blocks))  # between two counts, whatever the rounding
 
-        count = min(range(1, blocks + 1), key=lambda n: abs(computed(n) - density))
-        method = replace(method, topk=min(1.0, (count + 0.5) / blocks))  # between two counts, whatever the rounding
-        least = computed(1)
-        if density < least - 0.5 / blocks:
-            what = f"one key block of {block} tokens for each query block"
-            what += f"{', the sink' if method.sink else ''}{', the last blocks' if any(tails) else ''}"
-            raise OutOfReach(
-                f"Sparge density {density} is below {least:.3f}, which is {what}"
-                f"{f' and the {layout.beside}' if layout.text_tokens else ''}: raise density, or use smaller blocks.",
-                "density",
-                density,
-                least=least,
-            )
-        return method
+        return blocks_for_density("Sparge", density, layout, blocks, reading, one, "smaller blocks")
+
+    def expected_density(self, layout: VideoLayout) -> float | None:
+        """None where the content decides how many blocks are read. The sink is one of the best as often as any other,
+        and so is a last block that is not full.
+        """
+        if self.uneven_heads:
+            return None
+        tokens, blocks = layout.video_tokens, self._blocks(layout)
+        tails = [tokens % size / tokens * self.published for size in self.block]
+        kept = self._kept(blocks)
+        read = kept + self.sink * (1 - kept / blocks)
+        share = min(1.0, read * self.block[1] / tokens + tails[1]) if tails[1] else read / blocks
+        return 1 - (tokens / layout.tokens) ** 2 * (1 - tails[0]) * (1 - share)
 
     @property
     def second_stage(self) -> bool:
@@ -180,6 +186,10 @@ class Sparge(Method):
         if self.sink:
             selected[..., 0] = True
         return selected | ~k_alike.unsqueeze(-2) | ~q_alike.unsqueeze(-1)
+
+    def _blocks(self, layout: VideoLayout) -> int:
+        """Key blocks of a video."""
+        return -(-layout.video_tokens // self.block[1])
 
     def _kept(self, blocks: int) -> int:
         """The key blocks of highest score that are read, by `topk`: at least one, since no query may read nothing."""

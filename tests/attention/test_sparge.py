@@ -78,6 +78,18 @@ def test_a_density_is_met_to_a_block(density, text):
     assert method.plan(q, k, v, layout, PlanMemory()).density() == pytest.approx(density, abs=0.5 / 16 + 1e-6)
 
 
+@pytest.mark.parametrize("layout", [VideoLayout(16, 8, 8), VideoLayout(9, 8, 11, text_after=60)])
+@pytest.mark.parametrize("settings", [{}, {"sink": True}, {"published": True}, {"block": (16, 8)}])
+def test_the_density_told_before_is_that_of_the_calls(layout, settings):
+    q, k, v = torch.randn(3, 1, 4, layout.tokens, 16)
+    for topk in (0.2, 0.5, 1.0):
+        method = Sparge(topk=topk, **settings)
+        density = method.plan(q, k, v, layout, PlanMemory()).density()
+        assert method.expected_density(layout) == pytest.approx(density, abs=0.02)
+    for other in (Sparge(cdf=0.9), Sparge(similarity=0.2)):
+        assert other.expected_density(layout) is None
+
+
 def test_the_mean_of_the_keys_and_the_sink():
     """A constant added to all keys changes no softmax, so it must change no choice."""
     q, k = torch.randn(2, 1, 2, 200, 16)
@@ -122,6 +134,9 @@ def test_a_density_that_cannot_be():
     assert METHODS["sparge"] is Sparge and Sparge().topk == 0.5
     with pytest.raises(ValueError, match=r"density 0\.01 is below 0\.250, .*raise density, or use smaller blocks"):
         Sparge.for_density(VideoLayout(4, 8, 8), 0.01)
+    with pytest.raises(ValueError, match=r"density 0\.6 is below 1\.000, .*raise density, or use smaller blocks"):
+        Sparge.for_density(VideoLayout(3, 4, 5), 0.6)  # in one block
+    assert Sparge.for_density(VideoLayout(3, 4, 5), 1.0).topk == 1.0
     with pytest.raises(ValueError, match="and the text"):
         Sparge.for_density(VideoLayout(16, 8, 8, text_after=300), 0.2)
 
