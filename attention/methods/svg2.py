@@ -168,8 +168,8 @@ class SVG2(Method):
             selected = _select(log_mass.softmax(-1), self.top_p, int(self.min_ratio * k_clusters))
             facts = {"top_p": self.top_p}
         else:
-            of_all = (memory.heads.gather(x) for x in (log_mass, queries.sizes, keys.sizes))
-            selected, top_p = self._by_mass(*of_all, layout)
+            of_all, q_sizes, k_sizes = (memory.heads.gather(x) for x in (log_mass, queries.sizes, keys.sizes))
+            selected, top_p = self._by_mass(of_all, q_sizes, k_sizes, layout)
             selected, facts = memory.heads.mine(selected), {"top_p": top_p}
         plan = plan_with_text(queries, keys, selected, layout)
         if self.compensate:
