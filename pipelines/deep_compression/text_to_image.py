@@ -152,6 +152,8 @@ class DCGenFluxPipeline(FluxPipeline):
 class DCGenSanaPipeline(SanaPipeline):
     """SANA with a deeper `AutoencoderDC` (f64c128) than its own (f32c32), at any size."""
 
+    image_processor: PixArtImageProcessor
+
     @torch.no_grad()
     def __call__(
         self,
