@@ -128,11 +128,12 @@ def test_few_steps(pipeline, tmp_path):
 
 def test_a_method_that_is_trained_and_a_pipeline_with_and_without_it(pipeline, tmp_path):
     chosen = Acceleration(method="vsa", density=0.5, dense_start_percent=0.0)
+    size = {"height": 128, "width": 128}  # of more than one block
     with pytest.raises(InputError, match=r"vsa: transformer has no gates for VSA"):
-        generate(pipeline.accelerated(chosen), settings(), on_step=ignore)
+        generate(pipeline.accelerated(chosen), settings(**size), on_step=ignore)
     folder = convert_fastwan(write_gates(tmp_path / "FastWan", demo.path()), tmp_path / "fast", link=True)
     fast = load(str(folder), "auto", Residency(CPU, lambda part, memory: None))
-    made = generate(fast.accelerated(chosen), settings(steps=None, guidance_scale=None), on_step=ignore)
+    made = generate(fast.accelerated(chosen), settings(**size, steps=None, guidance_scale=None), on_step=ignore)
     text = report_text(made.report.news())
     assert text.startswith("vsa: density 0.5") and " 3 steps" in text
 
