@@ -37,6 +37,14 @@ def guidance_adapters(given: str | Path | Sequence[str | Path]) -> tuple[Guidanc
         raise BadInput("guidance_free", f"cannot be used: {str(error).rstrip('.')}") from error
 
 
+def own_files(facts: ModelFacts) -> dict[str, Path | None]:
+    """Transformer -> the file of the adapter that a model has of its own for it; None where it has none."""
+    from ..pipelines.guidance_free.adapter_file import OWN_FILE
+    from ..pipelines.weight_files import transformer_file
+
+    return {part: transformer_file(facts.location, OWN_FILE, part) for part in transformers_of(facts)}
+
+
 def own_adapters(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
     """The adapters that a model has of its own, one for each transformer.
 
@@ -44,9 +52,8 @@ def own_adapters(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
         BadInput: it has none.
     """
     from ..pipelines.guidance_free.adapter_file import OWN_FILE
-    from ..pipelines.weight_files import transformer_file
 
-    files = {part: transformer_file(facts.location, OWN_FILE, part) for part in transformers_of(facts)}
+    files = own_files(facts)
     missing = [f"{part}/{OWN_FILE}" for part, file in files.items() if file is None]
     if missing:
         raise BadInput(

@@ -32,6 +32,7 @@ def export_adapter(run: Path, target: Path) -> Path:
     from ..autoencoders import AutoencoderDCV
     from ..autoencoders.checkpoint_file import variant_in
     from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE
+    from ..pipelines.json_files import write_json
     from .backbones.folders import write_model
     from .checkpoint import replaced, save_tensors
 
@@ -56,7 +57,7 @@ def export_adapter(run: Path, target: Path) -> Path:
                 halves = {k: v.half() for k, v in load_file(source / name).items()}
                 save_tensors(halves, draft / name, metadata)
         write_model(vae, draft / "vae")
-        (draft / FACTS_FILE).write_text(json.dumps({**facts, "autoencoder": "vae"}, indent=2) + "\n", encoding="utf-8")
+        write_json(draft / FACTS_FILE, {**facts, "autoencoder": "vae"})
     return target
 
 

@@ -11,9 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..attention import VideoLayout
 from .geometry import unwrap
@@ -117,29 +115,13 @@ def _area(entry: Mapping[str, Any]) -> Any:
     return None if area is None else tuple(area)
 
 
-class _Video(NamedTuple):
-    """What sparse attention has in a forward pass.
-
-    Args:
-        layout: of the video, or of a context window of it. windows: how many have something kept at a time.
-        layers: that are sparse. heads, head_dim: of each.
-        batch: of the latent. dtype: that the model computes in.
-    """
-
-    layout: VideoLayout
-    windows: int
-    layers: int
-    heads: int
-    head_dim: int
-    batch: int
-    dtype: torch.dtype
-
-
-def _sparse_video(session: NativeAttention, model: Any, latent: Sequence[int]) -> _Video | None:
-    """What there is to be sparse in a sampling, None where nothing will be.
+def _needed(session: NativeAttention, model: Any, latent: Sequence[int], conditions: int) -> Room | None:
+    """What sparse attention takes in a sampling, None where nothing will be sparse.
 
     Args:
         session: of the MODEL. model: ComfyUI's ModelPatcher. latent: shape `[B, C, T, H, W]` of the video's latent.
+        conditions: of all sides together, see `passes`. All count, also where a guidance of 1 leaves some out: who
+            samples does not say so before.
     """
     diffusion_model = unwrap(model.model.diffusion_model)
     geometry = find_geometry(diffusion_model)
@@ -155,31 +137,16 @@ def _sparse_video(session: NativeAttention, model: Any, latent: Sequence[int]) -
     if too_short(tokens, layout):
         return None
     layers = geometry.layers(diffusion_model) - len(session.dense.layers)
-    return _Video(layout, windows, layers, heads, head_dim, latent[0], dtype)
-
-
-def _needed(session: NativeAttention, model: Any, latent: Sequence[int], conditions: int) -> Room | None:
-    """What sparse attention takes in a sampling, None where nothing will be sparse.
-
-    Args:
-        session: of the MODEL. model, latent: see `_sparse_video`.
-        conditions: of all sides together, see `passes`. All count, also where a guidance of 1 leaves some out: who
-            samples does not say so before.
-    """
-    video = _sparse_video(session, model, latent)
-    if video is None:
-        return None
-    layout, heads, itemsize = video.layout, video.heads * video.batch, video.dtype.itemsize
     try:
         method = session.method_on(layout)
     except ValueError:
         # No error yet: text, references and guides, which are not known here, change the bound that it would name, or
         # keep the pass dense. The first pass says what cannot be done.
         return None
-    size = method.run_bytes(layout, heads, video.head_dim, itemsize, video.layers * conditions * video.windows)
+    size = method.run_bytes(layout, heads * latent[0], head_dim, dtype.itemsize, layers * conditions * windows)
     if session.gates is not None:  # what the gate of the layer at work makes of its input
-        size += layout.tokens * heads * video.head_dim * itemsize
-    return Room(size if video.layers else 0, video.layers, conditions, video.windows, layout)
+        size += layout.tokens * latent[0] * heads * head_dim * dtype.itemsize
+    return Room(size if layers else 0, layers, conditions, windows, layout)
 
 
 def _window(options: Mapping[str, Any], latent: Sequence[int]) -> tuple[list[int], int]:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...pipelines.presets.preset import OWN
-from ...pipelines.weight_files import transformer_file
 from ..errors import BadInput, mention
-from ..guidance import adapters_beside, check_guidance, guidance_adapters, placed, transformers_of
+from ..guidance import adapters_beside, check_guidance, guidance_adapters, own_files, placed, transformers_of
 
 if TYPE_CHECKING:
     from ...pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
@@ -104,8 +103,6 @@ def _groups(facts: ModelFacts, adapters: Sequence[GuidanceFreeAdapter]) -> list[
 
 
 def _lever(job: Job, facts: ModelFacts, adapters: Sequence[GuidanceFreeAdapter]) -> AdapterLever:
-    from ...pipelines.guidance_free.adapter_file import OWN_FILE
-
     steps = None if adapters[0].sigmas is None else len(adapters[0].sigmas)
     check_guidance(adapters, facts, job.settings if steps is None else replace(job.settings, steps=steps))
     parts = transformers_of(facts)
@@ -117,6 +114,6 @@ def _lever(job: Job, facts: ModelFacts, adapters: Sequence[GuidanceFreeAdapter])
     for adapter in adapters:
         digest.update(adapter.path.read_bytes())
     places = tuple(str(adapter.path.resolve()) for adapter in adapters)
-    files = {part: transformer_file(facts.location, OWN_FILE, part) for part in parts}
-    own = all((file := files[a.part]) is not None and Path(file).resolve() == a.path.resolve() for a in adapters)
+    files = own_files(facts)
+    own = all((file := files[a.part]) is not None and file.resolve() == a.path.resolve() for a in adapters)
     return AdapterLever(places, steps, digest.hexdigest()[:16], own)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...autoencoders.checkpoint_file import variant_in
 from ...autoencoders.file_modes import as_new_files
+from ...pipelines.json_files import write_json
 from ...pipelines.locations import is_hub_id
 from ...pipelines.quiet_logs import only_logs
 from ...pipelines.weight_files import transformer_files, transformer_tensors
@@ -186,7 +187,7 @@ def write_pipeline(
             _copy_model(autoencoder, draft / "vae")
         file = draft / "model_index.json"
         content = json.loads(file.read_text(encoding="utf-8")) | {name: index[name] for name in there}
-        file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(file, content)
         forget_paths(draft)
 
 
@@ -224,7 +225,7 @@ def _without_variant(folder: Path) -> None:
         if file.suffix == ".json":
             content = json.loads(file.read_text(encoding="utf-8"))
             places = {key: name.replace(f".{variant}", "", 1) for key, name in content["weight_map"].items()}
-            file.write_text(json.dumps({**content, "weight_map": places}, indent=2) + "\n", encoding="utf-8")
+            write_json(file, {**content, "weight_map": places})
         file.rename(folder / file.name.replace(f".{variant}", "", 1))
 
 
@@ -233,4 +234,4 @@ def forget_paths(folder: Path) -> None:
     for file in folder.rglob("*.json"):
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            write_json(file, content)
