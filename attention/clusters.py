@@ -153,11 +153,11 @@ def rank_pairs(
 
     How the mean value moves with the query, by `value_spread`, is followed to first order (`slopes.py`), with the mass
     of the centroid: what is left is that move times what the mass of a query differs by, which is of second order. The
-    mass, that of the centroid times what `probe.Spread.curve` adds, is right in the mean over the queries and not for
+    mass, that of the centroid times what `spread.Spread.curve` adds, is right in the mean over the queries and not for
     each: where scores deviate as normal numbers do, its relative error has the mean square `score_spread ** 2 / 2`.
 
     Args:
-        mass, away: `[B, H, Cq, Ck]` float32, see `probe.Seen`. score_spread, value_spread: see `probe.Spread`.
+        mass, away: `[B, H, Cq, Ck]` float32, see `probe.Seen`. score_spread, value_spread: see `spread.Spread`.
         q_sizes: `[B, H, Cq]`. k_sizes: `[B, H, Ck]`.
 
     Returns:

@@ -115,7 +115,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What `Backend.attend` computes; stand-ins of skipped clusters are merged with it where the backend takes none.
 
-    How their values move with the query is added here, which no backend does.
+    How their values move with the query is added here where the backend does not.
     """
     merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
     with_lse = return_lse or merged
@@ -132,7 +132,7 @@ def attend(
     if merged:
         with torch.autocast(q.device.type, enabled=False):  # stand-ins are float32
             result = merge(*result, *attend_skipped(q, plan, scale))
-    if plan.skipped is None or plan.skipped.slope is None:
+    if plan.skipped is None or plan.skipped.slope is None or backend.takes_slopes(q, k, v):
         return result
     return follow(result[0], q, plan), result[1]
 

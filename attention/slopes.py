@@ -20,7 +20,7 @@ def slopes_of(share: torch.Tensor, moves: torch.Tensor, dtype: torch.dtype) -> t
 
     Args:
         share: `[B, H, T, C]`, of each cluster in the softmax of the tile; 0 of those that are read.
-        moves: `[B, Hkv, C, D, D]`, the same of each cluster of keys (`probe.Spread.moves`).
+        moves: `[B, Hkv, C, D, D]`, the same of each cluster of keys (`spread.Spread.moves`).
         dtype: of the result.
     """
     dim = moves.shape[-1]
@@ -43,6 +43,19 @@ def follow(out: torch.Tensor, q: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
         tables = tuple(x.clone() if x is not None and x.is_inference() else x for x in tables)
     with torch.autocast(q.device.type, enabled=False):
         return add_slopes(out, q, *tables, rows)
+
+
+def follow_in_tile(
+    out: torch.Tensor, q: torch.Tensor, slope: torch.Tensor, centre: torch.Tensor | None
+) -> torch.Tensor:
+    """The same of the queries of one tile, where a backend has them at hand: no pass over all of them.
+
+    Args:
+        out, q: `[B, H, n, D]`. slope: `[1|B, 1|H, D, D]`. centre: `[1|B, 1|H, D]`; 0 when None.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    beyond = q.to(wide) if centre is None else q.to(wide) - centre.unsqueeze(2)
+    return (out + beyond @ slope.to(wide)).to(out.dtype)
 
 
 def rows_at_once(dim: int, itemsize: int) -> int:

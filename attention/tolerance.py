@@ -34,7 +34,7 @@ class Measured:
         text: k and v of the text, `[B, Hkv, T, D]` each, which all queries read; None without text.
         queries, keys: the clusters of q and k.
         skipped: what stands for keys that are not read, without slopes.
-        share: of each cluster in what a tile sees, `[B, H, Cq, Ck]`, moves: `probe.Spread.moves`, and centre:
+        share: of each cluster in what a tile sees, `[B, H, Cq, Ck]`, moves: `spread.Spread.moves`, and centre:
             `[B, H, Cq, D]`, 0 when None: what slopes are made of (`slopes.py`).
         scale: multiplies the scores.
         turn: other queries for another number.

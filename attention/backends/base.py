@@ -165,6 +165,10 @@ class Backend(abc.ABC):
         """Whether it attends itself to what stands for skipped clusters; with values in fp8 none does."""
         return device.type in self.capability.stand_ins and precision.pv is None
 
+    def takes_slopes(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        """Whether `attend` itself adds how the values of stand-ins move with the query (`slopes.py`)."""
+        return False
+
     def declines(self, request: Request) -> str | None:
         """Why the backend cannot run this call; None when it can."""
         limits = self.capability
@@ -228,7 +232,7 @@ class Backend(abc.ABC):
         Args:
             q: `[B, H, n_q, D]`, k, v: `[B, Hkv, n_kv, D]`, not permuted; H is a multiple of Hkv (see `groups.py`).
             plan: on the same device, its orders not yet applied. Its `skipped` is read where `takes_stand_ins` says so,
-                and then belongs to the result.
+                and then belongs to the result; its slopes where `takes_slopes` does.
             scale: multiplies the scores.
             return_lse: whether the second result is `[B, H, n_q]` float32 or None.
         """

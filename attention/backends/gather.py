@@ -16,6 +16,7 @@ from ..groups import by_group, by_head, dense_attention, repeat_heads
 from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
 from ..rows import token_rows
+from ..slopes import follow_in_tile
 from ..threads import each
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 
@@ -44,6 +45,9 @@ class GatherBackend(Backend):
         stand_ins=EVERYWHERE,
     )
 
+    def takes_slopes(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+        return _in_place(q, k, v)
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,8 +60,7 @@ class GatherBackend(Backend):
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        # Elsewhere an operation for each tile costs more than the passes over q and the output that it saves.
-        in_place = q.device.type == "cpu" and not wants_gradient(q, k, v)
+        in_place = _in_place(q, k, v)
         queries = q if in_place else permute(q, plan.q_order)
         pairs = permute(torch.cat([k, v], -1), plan.kv_order)
         batch, heads = plan.run_start.shape[:2]
@@ -91,6 +94,14 @@ class GatherBackend(Backend):
 
         each(attend, work, small=_tiles_are_small(q, plan, len(work)))
         return places.out, places.lse
+
+
+def _in_place(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether tiles read their queries, and write their outputs, where the model has them.
+
+    Elsewhere an operation for each tile costs more than the passes over q and the output that it saves.
+    """
+    return q.device.type == "cpu" and not wants_gradient(q, k, v)
 
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
@@ -175,6 +186,10 @@ class _StandIns:
         tables = (plan.skipped.key, plan.skipped.value) if joined is None else (joined,)
         self.tables = [x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in tables]
         self.bias = bias[_entry(bias, 0, own[0]), _entry(bias, 1, own[1])]
+        self.slope, self.centre = (
+            None if x is None else x[_entry(x, 0, own[0]), _entry(x, 1, own[1])]
+            for x in (plan.skipped.slope, plan.skipped.centre)
+        )
         self.dtype, self.count, self.of_each_tile = dtype, self.bias.shape[-1], plan.skipped.of_each_tile
 
     def of(self, tile: int) -> torch.Tensor:
@@ -188,6 +203,14 @@ class _StandIns:
     def bias_of(self, tile: int) -> torch.Tensor:
         """`[B', H', 1, C]` float32."""
         return self.bias[:, :, tile].unsqueeze(-2)
+
+    def follow(self, out: torch.Tensor, queries: torch.Tensor, tile: int) -> torch.Tensor:
+        """`out [B', H', rows, D]` and how the values move with the queries."""
+        if self.slope is None or tile >= self.slope.shape[2]:
+            return out
+        return follow_in_tile(
+            out, queries, self.slope[:, :, tile], None if self.centre is None else self.centre[:, :, tile]
+        )
 
 
 def _entry(x: torch.Tensor, dim: int, index: int | None) -> slice:
@@ -250,7 +273,10 @@ class _Tiles:
         return dict(zip(firsts, self.q.split(sizes, 2), strict=True))
 
     def attend(self, tile: int, queries: torch.Tensor | None, scale: float, return_lse: bool) -> Result:
-        """The rows of a tile that is not empty, `queries [B', H', rows, D]`, or those of q where it is permuted."""
+        """The rows of a tile that is not empty, `queries [B', H', rows, D]`, or those of q where it is permuted.
+
+        Given queries, with what slopes add to them.
+        """
         start, length, runs = self.starts[tile], self.lengths[tile], self._runs(tile)
         if not runs and not self.extra:
             shape = (*self.q.shape[:2], length)
@@ -262,7 +288,10 @@ class _Tiles:
             pieces = [self.rows[row] for row in range(start, start + length, MAX_TILE_ROWS)]
         else:
             pieces = list(queries.split(MAX_TILE_ROWS, 2))
-        return _join([_attend(piece, keys, values, bias, scale, return_lse) for piece in pieces], 2)
+        out, lse = _join([_attend(piece, keys, values, bias, scale, return_lse) for piece in pieces], 2)
+        if queries is not None and self.stand_ins is not None:
+            out = self.stand_ins.follow(out, queries, tile)
+        return out, lse
 
     def _runs(self, tile: int) -> list[tuple[int, int]]:
         """Start and length of the runs of a tile that are not empty."""

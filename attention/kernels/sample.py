@@ -20,7 +20,7 @@ def deviations(
     sample: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`probe.deviations` in one pass, without a table of rows or a copy of the tokens.
+    """`spread.deviations` in one pass, without a table of rows or a copy of the tokens.
 
     Args:
         x: `[B, H, N, D]`, any strides. order: `[B, H, N]` int64. sizes: `[B, H, C]` int64.

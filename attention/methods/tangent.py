@@ -26,10 +26,11 @@ from ..groups import repeat_heads
 from ..labels import label_dtype
 from ..layout import VideoLayout
 from ..plan import BlockPlan
-from ..probe import probe, read, spread_of
+from ..probe import probe, read
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
 from ..slopes import slopes_of
+from ..spread import spread_of
 from ..tolerance import ROWS, Measured, falling_slowly, within
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from clustered_tokens import FEW, LAYOUT, WITH_TEXT, clustered
 
 import vidaccel.attention.probe as PROBES
+import vidaccel.attention.spread as SPREADS
 from vidaccel import METHODS, SVG2, DenseSchedule, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory, SparseAttention, StepInfo
 from vidaccel.attention.clusters import Clusters, cluster, renewed
 from vidaccel.attention.kmeans import cluster_sizes, update
 from vidaccel.attention.methods.base import OutOfReach
-from vidaccel.attention.probe import probe, read, spread_of
+from vidaccel.attention.probe import probe, read
+from vidaccel.attention.spread import spread_of
 
 
 def plan_of(q, k, v, layout, **settings):
@@ -61,7 +63,7 @@ def written_out(q, k, v, plan, layout) -> torch.Tensor:
 @pytest.fixture
 def all_tokens(monkeypatch):
     """Covariances are those of all tokens of a cluster, not of a sample."""
-    monkeypatch.setattr(PROBES, "SAMPLE", LAYOUT.tokens)
+    monkeypatch.setattr(SPREADS, "SAMPLE", LAYOUT.tokens)
 
 
 @pytest.mark.parametrize("layout", [LAYOUT, WITH_TEXT], ids=["video", "text"])
@@ -373,7 +375,7 @@ def test_the_spread_is_what_the_tokens_have(all_tokens, monkeypatch):
                 move = 0.25 * (k[1, 0, members] - of_k.means[1, 0, j]).T @ values / max(1, len(values))
                 torch.testing.assert_close(got.moves[1, 0, j], move, atol=1e-5, rtol=1e-4)
     whole = spread_of(q, k, v, of_q, of_k, 0.25)
-    monkeypatch.setattr(PROBES, "SAMPLE", 16)
+    monkeypatch.setattr(SPREADS, "SAMPLE", 16)
     sampled = spread_of(q, k, v, of_q, of_k, 0.25)
     for one, other in zip(sampled, whole, strict=True):
         assert 0.5 < one.norm() / other.norm() < 2

@@ -12,7 +12,7 @@ from functools import partial
 
 from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, slopes, spend, walk
 from vidaccel.attention.methods import svg
-from vidaccel.attention.probe import SAMPLE
+from vidaccel.attention.spread import SAMPLE
 from vidaccel.attention.slopes import rows_at_once
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]

@@ -9,15 +9,15 @@ pytest.importorskip("triton")
 
 from vidaccel import VideoLayout
 from vidaccel.attention import clusters as torch_clusters
-from vidaccel.attention import probe as torch_probe
 from vidaccel.attention import runs as torch_runs
+from vidaccel.attention import spread as torch_spread
 from vidaccel.attention.clusters import Clusters
 from vidaccel.attention.kernels import permute, runs, sample, spend
 
 
 @pytest.fixture
 def in_torch(monkeypatch):
-    for module in (torch_clusters, torch_probe, torch_runs):
+    for module in (torch_clusters, torch_spread, torch_runs):
         monkeypatch.setattr(module, "use_kernels", lambda x: False)
 
 
@@ -53,8 +53,8 @@ def test_samples_of_clusters(device, in_torch, dtype, dim):
     x = torch.randn(2, tokens, 3, dim, device=device).transpose(1, 2).to(dtype)
     order = torch.stack([torch.randperm(tokens) for _ in range(6)]).view(2, 3, tokens).to(device)
     for means in (torch.randn(2, 3, 40, dim, device=device), None):
-        expected = torch_probe.deviations(x, Clusters(order, sizes, means, order), torch.float32)
-        found = sample.deviations(x, order, sizes, means, torch_probe.SAMPLE, torch.float32)
+        expected = torch_spread.deviations(x, Clusters(order, sizes, means, order), torch.float32)
+        found = sample.deviations(x, order, sizes, means, torch_spread.SAMPLE, torch.float32)
         torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
