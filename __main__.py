@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
-from .cli import main
+import sys
+
+from .generation.packages import SHOWING, MissingPackages, check_command_line
+
+try:
+    check_command_line(SHOWING)
+except MissingPackages as error:
+    sys.exit(f"Error: {error}")
+
+from .cli import main  # it imports what was asked for above
 
 main()

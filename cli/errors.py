@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ..generation.errors import BadInput
+from ..generation.packages import check_command_line
 from ..pipelines.whole_files import NotWritten
 
 _NAMES = {
@@ -54,6 +55,7 @@ def one_line_errors(
     interrupted: Callable[[], str] = lambda: _LOST,
     arguments: Collection[str] = (),
     by_blocks: bool = False,
+    with_models: bool = True,
 ) -> Iterator[None]:
     """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C,
     143 for SIGTERM.
@@ -65,6 +67,7 @@ def one_line_errors(
         interrupted: what to say after Ctrl-C or SIGTERM.
         arguments: fields of the request that are arguments of the command, where others have an option.
         by_blocks: the option for `offload` that was given is that by blocks.
+        with_models: the command reads models, so all packages of the command line are asked for first.
     """
 
     def name(field: str) -> str:
@@ -81,6 +84,8 @@ def one_line_errors(
     # video.
     before = signal.signal(signal.SIGTERM, terminate)
     try:
+        if with_models:
+            check_command_line()
         yield
     except (KeyboardInterrupt, _Terminated) as stop:
         typer.echo(interrupted(), err=True)

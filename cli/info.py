@@ -28,7 +28,8 @@ def methods_command(
     from rich.table import Table
 
     if families:
-        _print_families()
+        with one_line_errors():
+            _print_families()
         return
     from ..attention import METHODS
     from ..generation.methods import DEFAULT_METHOD, DENSE, MIN_SPARSE_TOKENS
@@ -100,7 +101,7 @@ def info_command(
     ] = None,
 ) -> None:
     """Versions, devices, and which backends can run here; or what a video will take."""
-    with one_line_errors():
+    with one_line_errors(with_models=forecast):
         if forecast:
             options = pipeline_arguments(pipeline_option or [])
             _print_forecast(model or "demo", frames, height, width, dtype or "bfloat16", options)

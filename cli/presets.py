@@ -28,7 +28,7 @@ def presets_command(
     name: Annotated[str | None, typer.Argument(help="Print this one, or a file, as YAML.")] = None,
 ) -> None:
     """The presets that come with the package: for which model, and what they do."""
-    with one_line_errors():
+    with one_line_errors(with_models=False):
         import yaml
         from rich.table import Table
 

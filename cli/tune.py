@@ -149,7 +149,7 @@ def break_even_command(
 
     No weights are read. `vidaccel generate` and the ComfyUI nodes use what is found instead of 8,192 tokens.
     """
-    with one_line_errors():
+    with one_line_errors(with_models=heads is None):
         from rich.table import Table
 
         from ..generation.tuning.api import measured_break_even

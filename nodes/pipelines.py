@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from ..generation.length import check_bases, check_trained, chosen_riflex, roped
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
 from ..generation.model_places import DEMOS
+from ..generation.packages import lacking
 from ..generation.request import Settings
 from ..generation.run import Run, StepCallback
 from ..generation.run import load as load_pipeline
@@ -199,22 +199,7 @@ def require_packages(who: str = "diffusers pipelines need", more: Sequence[str] 
         who: needs them, as the start of the message.
         more: what it needs besides, as pip takes it.
     """
-    from packaging.requirements import Requirement
-
-    if not REQUIREMENTS.is_file():
-        return  # the package was installed by pip, which has seen to it
-    wrong = []
-    for line in [*REQUIREMENTS.read_text(encoding="utf-8").splitlines(), *more]:
-        if line and not line.startswith("#"):
-            needed = Requirement(line)
-            try:
-                found = metadata.version(needed.name)
-            except metadata.PackageNotFoundError:
-                wrong.append(f"{needed} (not installed)")
-                continue
-            if not needed.specifier.contains(found, prereleases=True):
-                wrong.append(f"{needed} (found {found})")
-    if wrong:
+    if wrong := lacking(REQUIREMENTS, more):
         beside = "".join(f' "{each}"' for each in more)
         raise InputError(f"{who} {', '.join(wrong)}: with ComfyUI's Python, pip install -r {REQUIREMENTS}{beside}")
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "nodes": LOWER | {"pipelines", "generation", "lora"},
     "cli": LOWER | {"pipelines", "generation", "lora"},
     "vidaccel": LOWER | {"pipelines", "generation", "lora", "nodes"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "generation"},
 }
 # Outside packages that only some parts may import, as prefixes of module names.
 ONLY_IN = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from vidaccel.generation.packages import COMMAND_LINE, SHOWING, requirements_in
+
 # Folders of the checkout that hold Python files but are not installed.
 NOT_INSTALLED = {
     "benchmarks",
@@ -74,6 +76,12 @@ def test_pins_are_above_the_lower_bounds(project, root):
     for text in project["project"]["dependencies"] + extras["test"] + extras["docs"]:
         requirement = Requirement(text)
         assert pins[_name(requirement.name)] in requirement.specifier, text
+
+
+def test_a_copied_pack_is_told_all_that_the_command_line_needs(project):
+    assert SHOWING == ("rich", "typer")  # as the first lines of the file say
+    asked = {line for line in project["project"]["dependencies"] if _name(line) != "torch"}
+    assert set(requirements_in(COMMAND_LINE)) == asked
 
 
 def test_pre_commit_runs_the_pinned_ruff(root):
