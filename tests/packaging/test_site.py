@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+import vidaccel
 from vidaccel.attention import METHODS
 from vidaccel.lora.recipes import RECIPES
 
@@ -43,6 +46,16 @@ def test_the_lists_name_each_of_them(pages):
     for kind, names in (("methods", METHODS), ("recipes", RECIPES)):
         listed = re.findall(r"\| \[`(\w+)`\]\(\1\.md\)", pages[f"{kind}/index.md"].text)
         assert sorted(listed) == sorted(names)
+
+
+def test_each_public_name_is_in_the_reference(pages):
+    """By the object, since pages name the module that defines it."""
+    paths = [path for page in pages.values() for path in re.findall(r"^::: (vidaccel\.[\w.]+)$", page.text, re.MULTILINE)]
+    told = [getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
+    public = {name: getattr(vidaccel, name) for name in vidaccel.__all__}
+    code = {name: value for name, value in public.items() if inspect.isclass(value) or inspect.isfunction(value)}
+    assert len(code) > 30
+    assert [name for name, value in code.items() if not any(value is each for each in told)] == []
 
 
 def test_a_link_to_nothing_is_refused(stage, tmp_path):
