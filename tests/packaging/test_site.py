@@ -50,12 +50,19 @@ def test_the_lists_name_each_of_them(pages):
 
 def test_each_public_name_is_in_the_reference(pages):
     """By the object, since pages name the module that defines it."""
-    paths = [path for page in pages.values() for path in re.findall(r"^::: (vidaccel\.[\w.]+)$", page.text, re.MULTILINE)]
+    text = "\n".join(page.text for page in pages.values())
+    paths = re.findall(r"^::: (vidaccel\.[\w.]+)$", text, re.MULTILINE)
     told = [getattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in paths]
     public = {name: getattr(vidaccel, name) for name in vidaccel.__all__}
     code = {name: value for name, value in public.items() if inspect.isclass(value) or inspect.isfunction(value)}
     assert len(code) > 30
     assert [name for name, value in code.items() if not any(value is each for each in told)] == []
+
+
+def test_the_methods_that_leave_nothing_dense_are_named(pages):
+    said = re.search(r"every method but ([^,]+(?:, [^,]+)*), which are as published", pages["start/python.md"].text)
+    dense_nowhere = {name for name, method in METHODS.items() if method().schedule == vidaccel.DenseSchedule()}
+    assert set(re.findall(r"`(\w+)`", said[1])) == dense_nowhere
 
 
 def test_a_link_to_nothing_is_refused(stage, tmp_path):
