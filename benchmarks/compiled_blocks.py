@@ -103,6 +103,8 @@ def main(
     """Measure on `--videos` (frames, 4k+1, x pixels of a side); `--threads 0` leaves them to torch."""
     import torch
 
+    out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
+
     if threads:
         torch.set_num_threads(threads)
     layouts = layouts_of(videos)

@@ -206,6 +206,7 @@ def main(
     own = demo.path(demo.DC) / "transformer" / OWN_FILE
     few = [read_adapter(place).path for place in (demo.few_steps() if few_steps is None else few_steps)]
     chosen = ways(own if guidance_free is None else read_adapter(guidance_free).path, few)
+    out.mkdir(parents=True, exist_ok=True)
     raw = out / "few_steps_demo.jsonl"
     done = {row["key"]: row for row in read_rows(raw, to_append=True)}
     table = demo.path(demo.WAN).parent / "accuracy.json" if accuracy is None else accuracy

@@ -168,6 +168,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 def main(only: str = "", densities: str = "0.05,0.1,0.2,0.35,0.5", out: Path = RESULTS) -> None:
     """Measure the sets in whose names the regular expression `--only` is found; the others stay as they were."""
+    out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     torch.set_num_threads(1)
     wanted = [float(d) for d in densities.split(",")]
     raw = out / "fidelity.jsonl"

@@ -57,6 +57,7 @@ def shares(name: str, settings: dict[str, Any], layout: VideoLayout, dim: int) -
 
 def main(out: Path = RESULTS) -> None:
     """Count all methods at all sizes."""
+    out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     torch.manual_seed(0)
     table = []
     with torch.inference_mode():

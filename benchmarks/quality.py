@@ -295,6 +295,7 @@ def main(
     measured before stays in the table. `--seconds` ends a run after the configuration that is under way then.
     """
     values = tuple(float(d) for d in densities.split(","))
+    out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     raw = out / "quality.jsonl"
     rows = read_rows(raw)
     settings = {"steps": steps, "dense_steps": dense_steps, "densities": densities, "first_seed": first_seed}

@@ -85,6 +85,7 @@ class Measure:
 
 def main(out: Path = RESULTS, long: bool = True) -> None:
     """Measure everything; with `--no-long` on the 576 tokens alone."""
+    out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     torch.set_num_threads(1)
     tables: dict[str, list[dict]] = {name: [] for name in ("probe", "clusters", "every", "iterations")}
     for name, layout, layers in sets(long):

@@ -27,6 +27,7 @@ TOLERANCES = (0.1, 0.05, 0.02, 0.01)
 
 def main(only: str = "", out: Path = RESULTS) -> None:
     """Measure the sets in whose names the regular expression `--only` is found."""
+    out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
     torch.set_num_threads(1)
     table = []
     with torch.inference_mode():

@@ -18,7 +18,7 @@ parser.add_argument("--threshold", type=float, default=0.1, help="how far off a 
 wanted = parser.parse_args()
 
 on_gpu = torch.cuda.is_available()
-pipe = DiffusionPipeline.from_pretrained(wanted.model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32)
+pipe = DiffusionPipeline.from_pretrained(wanted.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
 pipe.to("cuda" if on_gpu else "cpu")
 pipe.set_progress_bar_config(disable=True)
 size = {} if wanted.model != str(vidaccel.demo.path()) else {"num_frames": 33, "height": 128, "width": 128}

@@ -29,7 +29,7 @@ if "RANK" in os.environ:
     dist.init_process_group("nccl" if on_gpu else "gloo")
 if on_gpu:
     torch.cuda.set_device(rank)
-pipe = DiffusionPipeline.from_pretrained(wanted.model, torch_dtype=torch.bfloat16 if on_gpu else torch.float32)
+pipe = DiffusionPipeline.from_pretrained(wanted.model, dtype=torch.bfloat16 if on_gpu else torch.float32)
 pipe.to("cuda" if on_gpu else "cpu").set_progress_bar_config(disable=True)
 size = {"num_frames": wanted.frames, "height": wanted.size, "width": wanted.size}
 size = size if wanted.model == str(vidaccel.demo.path()) else {}

@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from benchmark_scripts import ROOT, run, table
+from benchmark_scripts import ROOT, imported, run, table
 
 
 @pytest.mark.slow
@@ -132,6 +132,25 @@ def test_targets_of_a_run_that_was_killed_after_its_first_rows(tmp_path):
         "| forward kernel, Radial at .25 | prediction | at least 420 TFLOP/s | 445 | yes |",
     ):
         assert line in page
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "compiled_blocks",
+        "fidelity",
+        "forecast_cache_demo",
+        "guidance_cache_demo",
+        "planning_work",
+        "quality",
+        "tangent_defaults",
+        "tolerance",
+    ],
+)
+def test_the_folder_of_results_is_made_before_anything_is_measured(name, tmp_path):
+    (tmp_path / "file").write_text("in its place")
+    with imported(name) as script, pytest.raises(OSError, match="File exists"):
+        script.main(out=tmp_path / "file")
 
 
 @pytest.mark.slow

@@ -34,6 +34,12 @@ def test_an_example_runs(script, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.strip(), "an example says what it did"
 
 
+def test_the_page_names_those_that_take_a_model():
+    page = (EXAMPLES[0].parent / "README.md").read_text(encoding="utf-8")
+    take_one = {script.name for script in EXAMPLES if '"--model"' in script.read_text(encoding="utf-8")}
+    assert set(re.findall(r"`(\w+\.py)`", page)) == take_one
+
+
 @pytest.mark.parametrize("text", [(0, 0), (3, 0), (0, 5), (3, 5)])
 def test_text_in_the_sequence_is_read_by_all_and_reads_all_in_a_method_of_ones_own(text):
     script = next(path for path in EXAMPLES if path.stem == "own_method")

@@ -54,7 +54,7 @@ def test_it_is_the_last_row_of_a_waterfall():
 
 
 def test_it_computes_in_the_transformers_dtype_where_it_is_told_to():
-    pipe = vidaccel.DCVideoGenPipeline.from_pretrained(demo.path(demo.DC), torch_dtype=torch.bfloat16)
+    pipe = vidaccel.DCVideoGenPipeline.from_pretrained(demo.path(demo.DC), dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     call = {"num_frames": 8, "height": 64, "width": 64, "num_inference_steps": 1, "output_type": "pt"}
     with vidaccel.tiny_decoder(pipe, dtype=torch.bfloat16):

@@ -63,7 +63,7 @@ class _FourBits(torch.nn.Linear):
 
 @pytest.mark.parametrize("method", LEARNED)
 def test_a_transformer_in_4_bits(folders, method):
-    transformer = WanTransformer3DModel.from_pretrained(folders[method], torch_dtype=torch.bfloat16)
+    transformer = WanTransformer3DModel.from_pretrained(folders[method], dtype=torch.bfloat16)
     for block in transformer.blocks:
         for name in ("to_q", "to_k", "to_v"):
             setattr(block.attn1, name, _FourBits(getattr(block.attn1, name)))
@@ -75,7 +75,7 @@ def test_a_transformer_in_4_bits(folders, method):
 
 
 def test_gates_beside_weights_in_8_bits_have_the_dtype_that_these_compute_in(folders):
-    transformer = WanTransformer3DModel.from_pretrained(folders["vsa"], torch_dtype=torch.bfloat16)
+    transformer = WanTransformer3DModel.from_pretrained(folders["vsa"], dtype=torch.bfloat16)
     transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     with vidaccel.accelerate(transformer, "vsa"):
         assert transformer.blocks[0].attn1.get_submodule(GATE).weight.dtype == torch.bfloat16

@@ -192,7 +192,7 @@ def test_gates_that_are_there_already_stay(published):
 
 
 def test_half_precision_keeps_gates_in_it(published):
-    pipe = WanPipeline.from_pretrained(published, torch_dtype=torch.bfloat16)
+    pipe = WanPipeline.from_pretrained(published, dtype=torch.bfloat16)
     with vidaccel.accelerate(pipe, METHOD):
         assert pipe.transformer.blocks[0].attn1.get_submodule(GATE).weight.dtype == torch.bfloat16
 

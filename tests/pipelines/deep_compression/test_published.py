@@ -114,7 +114,7 @@ def test_options_reach_diffusers(tmp_path):
     source = write_published(tmp_path / "source")
     pipe = T2V.from_pretrained(source, dtype=torch.bfloat16, text_encoder=None, tokenizer=None)
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16 and pipe.text_encoder is None
-    named = T2V.from_pretrained(source, torch_dtype="bfloat16", text_encoder=None, tokenizer=None)
+    named = T2V.from_pretrained(source, dtype="bfloat16", text_encoder=None, tokenizer=None)
     assert named.transformer.dtype == named.vae.dtype == torch.bfloat16
 
 

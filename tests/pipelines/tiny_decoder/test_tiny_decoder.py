@@ -184,7 +184,7 @@ def test_it_runs_beside_sparse_attention_and_in_half_precision():
 
     from vidaccel import accelerate
 
-    pipe = WanPipeline.from_pretrained(demo.path(), torch_dtype=torch.bfloat16)
+    pipe = WanPipeline.from_pretrained(demo.path(), dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     decoder = decoder_for(pipe.vae)
     with accelerate(pipe, "tangent") as sparse, tiny_decoder(pipe, decoder, dtype=torch.bfloat16):
