@@ -116,6 +116,21 @@ def test_the_check_ends_with_an_error():
     assert done.returncode == 1 and f"is {vidaccel.__version__}" in done.stderr
 
 
+def test_the_page_on_pypi_has_whole_addresses(monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
+    released = runpy.run_path(str(ROOT / ".github" / "release_readme.py"))["released"]
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    made = released(page, "https://example.org/o/n/", "v1.2.3")
+    found = re.findall(r"\]\(([^()\s]+)\)", made)
+    assert len(found) == len(re.findall(r"\]\(([^()\s]+)\)", page)) > 20
+    for target in found:
+        assert target.startswith("https://"), target
+        kind, path = re.fullmatch(r"https://example\.org/o/n/(blob|raw)/v1\.2\.3/([^#]+)(?:#.+)?", target).groups()
+        assert (ROOT / path).exists() and (kind == "raw") is path.endswith(".png"), target
+    (build,) = [step["run"] for step in steps("release", "build") if "release_readme" in step.get("run", "")]
+    assert build.split()[2:] == ['"$GITHUB_SERVER_URL/$GITHUB_REPOSITORY"', '"$GITHUB_REF_NAME"']
+
+
 def test_the_forms_for_issues_can_be_read():
     forms = list((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
     assert forms
