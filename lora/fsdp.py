@@ -26,7 +26,7 @@ def plugin_of(accelerator: Accelerator) -> Any:
 
 
 def check_plugin(plugin: Any, mixed_precision: str) -> None:
-    """Refuse FSDP 1, and set the precision.
+    """Refuse FSDP 1 and accelerate's own activation checkpointing, and set the precision.
 
     accelerate's own policy casts what the model is given, so that a timestep of 901.3 arrives as 900, and sums the
     gradients of the processes in half precision. Here the inputs stay as they are, the operations choose their
@@ -37,15 +37,23 @@ def check_plugin(plugin: Any, mixed_precision: str) -> None:
     And accelerate's way to give weights on ends in an error for parameters that a model of diffusers has at its root,
     as Wan and LTX-Video do. So each process loads its models itself.
 
+    accelerate's activation checkpointing puts a module around each block, whose name then stands in those of all
+    weights: results would have names that nothing takes.
+
     Args:
         plugin: accelerate's `FullyShardedDataParallelPlugin`; changed in place.
         mixed_precision: of `LoopSettings`.
 
     Raises:
-        ConfigError: FSDP 1.
+        ConfigError: FSDP 1, or activation checkpointing.
     """
     if getattr(plugin, "fsdp_version", 1) != 2:
         raise ConfigError("FSDP 1 is not supported: set fsdp_version: 2 in the configuration of accelerate.")
+    if getattr(plugin, "activation_checkpointing", False):
+        raise ConfigError(
+            "fsdp_activation_checkpointing is true in the configuration of accelerate, which renames the weights: set "
+            "it to false, and loop.gradient_checkpointing to true."
+        )
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     plugin.cpu_ram_efficient_loading = False  # read from there before
     if mixed_precision != "no":

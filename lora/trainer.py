@@ -51,7 +51,8 @@ def make_accelerator(config: RunSettings) -> Accelerator:
 
     Raises:
         ConfigError: a precision that the device cannot do, or that another run in this process has fixed otherwise; or
-            FSDP 1, DeepSpeed, or another way to use several devices that this trainer does not know.
+            FSDP 1, its activation checkpointing, DeepSpeed, or another way to use several devices that this trainer
+            does not know.
     """
     check_environment(os.environ)
     from accelerate import Accelerator
@@ -72,14 +73,15 @@ def make_accelerator(config: RunSettings) -> Accelerator:
         )
     except ValueError as error:
         raise ConfigError(f"accelerate refuses the settings: {error}") from error
+    plugin = plugin_of(accelerator)
     try:
         check_accelerator(accelerator, config.sparse)
+        if plugin is not None:
+            check_plugin(plugin, loop.mixed_precision)
     except ConfigError:
         AcceleratorState._reset_state()  # else the next run in this process has it too, whatever it asks for
         raise
-    plugin = plugin_of(accelerator)
     if plugin is not None:
-        check_plugin(plugin, loop.mixed_precision)
         # Else each process keeps the gradients of all weights whole until the last micro-batch of a step.
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     return accelerator

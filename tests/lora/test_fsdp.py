@@ -264,3 +264,11 @@ def test_every_process_reads_its_encoders_whole(monkeypatch):
 def test_fsdp_1_is_refused():
     with pytest.raises(ConfigError, match="set fsdp_version: 2"):
         check_plugin(SimpleNamespace(fsdp_version=1), "no")
+
+
+def test_activation_checkpointing_of_accelerate_is_refused(monkeypatch):
+    """It renames the blocks: files of LoRAs had names that nothing takes, and lacked what lies beside the LoRA."""
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    asked = FullyShardedDataParallelPlugin(fsdp_version=2)
+    with pytest.raises(ConfigError, match=r"fsdp_activation_checkpointing is true.*loop.gradient_checkpointing to true"):
+        check_plugin(asked, "no")
