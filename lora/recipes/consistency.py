@@ -97,11 +97,6 @@ class TrainConsistency(TrainGuided):
                 f"consistency.guidance_scale is {few.highest:g}, and {path} was trained up to "
                 f"{guidance['max_scale']:g}: give at most that."
             )
-        if facts["unconditional"] != self.config.flow.unconditional:
-            raise ConfigError(
-                f'flow.unconditional is "{self.config.flow.unconditional}", and {path} turns away from '
-                f'"{facts["unconditional"]}": set that.'
-            )
         self.teacher_gate = guidance["max_scale"] if guidance["gated"] else None
         return weights
 

@@ -13,8 +13,9 @@ from ...pipelines.guidance_free.adapter_file import OWN_FILE, RECIPE
 from ..backbones.base import Text
 from ..backbones.folders import transformer_files
 from ..checkpoint import replaced
+from ..config import ConfigError
 from ..generators import Generators
-from ..lora_file import save_lora
+from ..lora_file import read_facts, save_lora
 from .base import Batch, Phase, load_trained
 from .gft_settings import GuidanceFreeLoraSettings
 from .guided_lora import GuidedLora, TrainGuided
@@ -40,6 +41,22 @@ class TrainGuidanceFree(TrainGuided):
 
     def plain_transformer(self) -> nn.Module:
         return self.backbone.transformer() if self.trains_all else super().plain_transformer()
+
+    def earlier(self, path: Path, setting: str, recipe: str) -> dict[str, torch.Tensor]:
+        weights = super().earlier(path, setting, recipe)
+        then, now = read_facts(path, setting)["guidance_free"], self.config.gft
+        if then["gated"] != now.is_gated:
+            raise ConfigError(
+                f"gft.gated is {_yaml(now.is_gated)}, and {path} in {setting} was trained with {_yaml(then['gated'])}: "
+                "set that."
+            )
+        # Of one that is not gated the scale is told, and it may learn of higher ones.
+        if now.is_gated and then["max_scale"] != now.max_scale:
+            raise ConfigError(
+                f"gft.max_scale is {now.max_scale:g}, and {path} in {setting} is gated and counts fully at "
+                f"{then['max_scale']:g}: set that."
+            )
+        return weights
 
     def facts(self) -> dict[str, Any]:
         gft = self.config.gft
@@ -164,6 +181,10 @@ class GuidanceFreeLora(GuidedLora):
     def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
         if not self.recipe.trains_all:  # else the weights of the checkpoint are all there is
             super().write_adapter(folder, weights)
+
+
+def _yaml(value: bool) -> str:
+    return str(value).lower()
 
 
 def mixture(made: torch.Tensor, without: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:

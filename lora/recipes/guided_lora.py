@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..adapter import without_lora
 from ..backbones.base import SampleRequest, Text
 from ..config import ConfigError
 from ..fsdp import DTYPES
+from ..lora_file import read_facts
 from .base import Batch, load_trained
 from .lora import FlowLora, TrainLora
 
@@ -26,6 +28,15 @@ class TrainGuided(TrainLora):
     def check_transformer(self, skeleton: nn.Module) -> None:
         if refusal := no_slot(skeleton):
             raise ConfigError(f"model.base: {refusal}.")
+
+    def earlier(self, path: Path, setting: str, recipe: str) -> dict[str, torch.Tensor]:
+        weights = super().earlier(path, setting, recipe)
+        then, now = read_facts(path, setting)["unconditional"], self.config.flow.unconditional
+        if then != now:
+            raise ConfigError(
+                f'flow.unconditional is "{now}", and the LoRA in {setting}, {path}, turns away from "{then}": set that.'
+            )
+        return weights
 
     def plain_transformer(self) -> nn.Module:
         """The transformer without the embedder."""

@@ -435,6 +435,8 @@ def test_an_adapter_is_gone_on_from(finished, tmp_path, text_base, teacher):
     assert all(torch.allclose(named[name], value, atol=1e-6) for name, value in trained.items())
     with pytest.raises(ConfigError, match="consistency.teacher: .* is of the recipe consistency: give one of gft"):
         recipe(settings(tmp_path, text_base, consistency={"teacher": start}))
+    with pytest.raises(ConfigError, match='unconditional is "blurry", and the LoRA in lora.start, .* away from ""'):
+        recipe(settings(tmp_path, text_base, lora={"start": start}, flow={"unconditional": "blurry"}))
 
 
 def test_the_folder_of_a_run_as_the_teacher(tmp_path, text_base, teacher, caplog):

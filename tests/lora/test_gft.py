@@ -350,6 +350,26 @@ def test_an_adapter_is_gone_on_from(finished, tmp_path, text_base):
         recipe(write(tmp_path, text_base, lora={"start": start}))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"gft": {"max_scale": 8}}, r"gft.max_scale is 8, and .* in lora.start is gated and counts fully at 4: set that"),
+        ({"gft": {"gated": False}}, r"gft.gated is false, and .* in lora.start was trained with true: set that"),
+        ({"flow": {"unconditional": "blurry"}}, r'unconditional is "blurry", and .* turns away from "": set that'),
+    ],
+)
+def test_an_adapter_is_gone_on_from_as_what_it_was(finished, tmp_path, text_base, changes, words):
+    """Under another gate it would count otherwise from the first step on, and the header would not say so."""
+    with pytest.raises(ConfigError, match=words):
+        recipe(settings(tmp_path, text_base, lora={"start": finished[1]["lora"]}, **changes))
+
+
+def test_one_without_a_gate_may_learn_of_higher_scales(tmp_path, text_base):
+    start = run("gft", settings(tmp_path, text_base, gft={"gated": False}, validation={"prompts": []}))["lora"]
+    file = settings(tmp_path / "more", text_base, gft={"gated": False, "max_scale": 8}, lora={"start": start})
+    assert recipe(file).start
+
+
 @pytest.mark.parametrize("loss", ["white_box", "data"])
 def test_all_weights(tmp_path, text_base, loss):
     """A pipeline folder with the embedder in it, which needs no adapter, and in which every weight moved."""
