@@ -61,7 +61,7 @@ def run(
     stated = content.get("recipe")
     if isinstance(stated, str) and find(stated) is not cls:
         raise ConfigError(f"{file} is for the recipe {stated}, not for {recipe}.")
-    config = build(cls.Config, content, str(file), absent(content))
+    config = build(cls.Config, content, str(file), absent(content, resume is not None))
     if config.loop.threads:
         import torch
 

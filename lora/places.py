@@ -9,22 +9,24 @@ from typing import Any
 from .. import demo
 from ..pipelines.locations import is_hub_id, is_single_file
 from .backbones.folders import located
+from .begun_from import KEPT, START, TEACHER
 from .config import ConfigError
 
 _AUTOENCODERS = ("model.autoencoder", "model.start")
 _MODELS = ("model.base", "model.components", "sla.start", *_AUTOENCODERS)
 """Settings that name a model: a folder, a hub id or a built-in one."""
-_FILES = ("lora.start", "decoder.start", "consistency.teacher")
+_FILES = (START, "decoder.start", TEACHER)
 """Settings that name a file, or the folder that it is in."""
 
 
-def absent(content: Mapping[str, Any]) -> list[str]:
+def absent(content: Mapping[str, Any], continued: bool = False) -> list[str]:
     """A fault for each place that settings name and that is not there.
 
     Args:
         content: of a file of settings, not checked yet; what is no text is left to the check of its kind.
+        continued: a run is continued, whose checkpoint may have what some of them named.
     """
-    return [*_models(content), *_files(content), *_folders(content)]
+    return [*_models(content), *_files(content, continued), *_folders(content)]
 
 
 def _models(content: Mapping[str, Any]) -> Iterator[str]:
@@ -44,8 +46,10 @@ def _models(content: Mapping[str, Any]) -> Iterator[str]:
                 yield str(error)
 
 
-def _files(content: Mapping[str, Any]) -> Iterator[str]:
+def _files(content: Mapping[str, Any], continued: bool) -> Iterator[str]:
     for setting in _FILES:
+        if continued and setting in KEPT:
+            continue
         named = _at(content, setting)
         if isinstance(named, str) and named != "own" and not (Path(named).expanduser().exists() or is_hub_id(named)):
             yield f"{setting}: {named} is no file and no folder here: correct the path, or leave it out."

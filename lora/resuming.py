@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from .begun_from import KEPT
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from .config import flat
 from .recipes.base import Phase
@@ -35,8 +36,19 @@ def check_inputs(then: dict[str, str], now: dict[str, str]) -> None:
     if different:
         raise CheckpointError(
             "the run cannot be continued, because these do not hold what they held when it began (they may be moved, "
-            f"but not changed): {', '.join(different)}."
+            f"but not changed): {', '.join(different)}.{''.join(_counts(different))}"
         )
+
+
+def _counts(different: Sequence[str]) -> Iterator[str]:
+    """What counts of inputs, where one may not expect it, and what to do."""
+    if any(name.startswith("data.") for name in different):
+        yield (
+            " Of data, clips and captions count, and the order of the files, which is that of their names: give files "
+            "that were added, removed or renamed their old places."
+        )
+    for name in KEPT.intersection(different):
+        yield f" {name}: give what the checkpoint's config.yaml has there, of which the run keeps what it needs."
 
 
 def check_steps(

@@ -232,6 +232,7 @@ class Trainer:
                     f"out: another run was in {self.out} meanwhile: continue that one, or choose another."
                 )
         save_text(as_yaml(self.config), self.out / SETTINGS)
+        self.recipe.keep_inputs()
 
     def _finished(self, trained: Tensors) -> dict[str, Any]:
         try:

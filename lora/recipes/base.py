@@ -191,6 +191,14 @@ class Recipe(ABC):
     def show_data(self, folder: Path) -> None:  # noqa: B027 - not all have clips
         """Write what the clips look like into the folder of the run; called in the main process, after `prepare`."""
 
+    def keep_inputs(self) -> None:  # noqa: B027 - most need nothing that may be gone later
+        """Write into the folder of the run what a resume needs and what may be gone by then; called in the main
+        process, after `prepare`.
+
+        Raises:
+            OSError: it cannot be read any more, or not be written.
+        """
+
     def encode(self) -> dict[str, Any]:
         """Fill the caches that the run would fill, and nothing else; called in every process, instead of `prepare`.
 

@@ -30,6 +30,7 @@ from ...pipelines.guidance_free.beta import BETA, BetaSlot
 from ...pipelines.guidance_free.low_rank import gate_of
 from ...pipelines.weight_files import transformer_file
 from ..backbones.base import SampleRequest, Text
+from ..begun_from import TEACHER, keep_teacher, kept_teacher, named_anew
 from ..config import ConfigError
 from ..flow import shifted
 from ..generators import Generators, derive_seed
@@ -72,8 +73,12 @@ class TrainConsistency(TrainGuided):
     def _teacher_file(self) -> Path | None:
         """Where the adapter of the teacher is."""
         given, model = self.config.consistency.teacher, self.backbone
+        anew = named_anew(self, TEACHER)
+        if given is None:
+            return None
         if given != OWN:
-            return self.adapter_file(given, "consistency.teacher")
+            kept = kept_teacher(self.config.out)
+            return kept if not anew and kept.is_file() else self.adapter_file(given, TEACHER)
         file = transformer_file(model.base, OWN_FILE, model.part)
         if file is None:
             raise ConfigError(
@@ -82,8 +87,12 @@ class TrainConsistency(TrainGuided):
             )
         return file
 
+    def keep_inputs(self) -> None:
+        if self.teacher_file is not None and self.config.consistency.teacher != OWN:
+            keep_teacher(self.teacher_file, self.config.out)
+
     def _read_teacher(self, path: Path) -> dict[str, torch.Tensor]:
-        setting, few = "consistency.teacher", self.config.consistency
+        setting, few = TEACHER, self.config.consistency
         facts = read_facts(path, setting)
         if facts.get("guidance_free", {}).get("train") == "full":
             raise ConfigError(
@@ -136,7 +145,7 @@ class TrainConsistency(TrainGuided):
 
     def inputs(self) -> dict[str, str]:
         teacher = self.teacher_file
-        own = {} if teacher is None else {"consistency.teacher": file_identity(teacher)}
+        own = {} if teacher is None else {TEACHER: file_identity(teacher)}
         return {**super().inputs(), **own}
 
     def phases(self) -> list[Phase]:

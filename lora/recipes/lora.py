@@ -23,6 +23,7 @@ from ..adapter import add_lora, layers_named
 from ..backbones import open_model
 from ..backbones.base import ModelOptions, OwnModel, Text
 from ..backbones.folders import located, transformer_files
+from ..begun_from import START, named_anew
 from ..config import ConfigError
 from ..data.latents import Latents
 from ..flow import sample_levels
@@ -59,7 +60,7 @@ class TrainLora(EncodedClipsRecipe):
 
     def prepare(self) -> None:
         config = self.config
-        self.start_file = self.adapter_file(config.lora.start, "lora.start")
+        self.start_file = self.adapter_file(config.lora.start, START) if named_anew(self, START) else None
         self.quantisation = quantisation(config.model.quantise)
         self.backbone = self._model()
         self._check_density()
@@ -248,7 +249,7 @@ class TrainLora(EncodedClipsRecipe):
 
     def _started(self, path: Path, skeleton: nn.Module) -> dict[str, torch.Tensor]:
         """The LoRA to go on from: one of this recipe, or of another tool."""
-        setting, lora = "lora.start", self.config.lora
+        setting, lora = START, self.config.lora
         if self.beside or facts_of(path) or not path.is_file():  # of which diffusers would ask the hub
             return self.earlier(path, setting, self.config.recipe)
         shapes = self._shapes(skeleton)
@@ -295,11 +296,12 @@ class TrainLora(EncodedClipsRecipe):
         return [FlowLora(self)]
 
     def inputs(self) -> dict[str, str]:
-        model, start = self.backbone, self.start_file
+        model, began = self.backbone, self.began_with or {}
         encoders = " ".join(sorted(self.flowing.identities.values()))
+        start = began.get(START) if self.start_file is None else file_identity(self.start_file)
         return {
             "model.base": f"{self.base_hash} {model.levels} {self.text_encoder.identity} {encoders}",
-            **({} if start is None else {"lora.start": file_identity(start)}),
+            **({} if start is None else {START: start}),
             **self.data_identity(),
         }
 

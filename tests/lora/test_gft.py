@@ -353,7 +353,10 @@ def test_an_adapter_is_gone_on_from(finished, tmp_path, text_base):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"gft": {"max_scale": 8}}, r"gft.max_scale is 8, and .* in lora.start is gated and counts fully at 4: set that"),
+        (
+            {"gft": {"max_scale": 8}},
+            r"gft.max_scale is 8, and .* in lora.start is gated and counts fully at 4",
+        ),
         ({"gft": {"gated": False}}, r"gft.gated is false, and .* in lora.start was trained with true: set that"),
         ({"flow": {"unconditional": "blurry"}}, r'unconditional is "blurry", and .* turns away from "": set that'),
     ],
