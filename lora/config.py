@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     free: bool = False,
+    place: bool = False,
 ) -> Any:
     """A field of a `Settings` class.
 
@@ -40,8 +42,9 @@ def setting(
         low, high: bounds that the value may touch; of a list, bounds of each entry.
         above, below: bounds that it may not touch.
         free: a run may be resumed with another value.
+        place: it may name a file or folder here, whose "~" is the home of the user; no shell sees what is in YAML.
     """
-    metadata = {"low": low, "high": high, "above": above, "below": below, "free": free}
+    metadata = {"low": low, "high": high, "above": above, "below": below, "free": free, "place": place}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -180,7 +183,8 @@ def _build(cls: type, content: Any, path: str, faults: list[str], base: Any = No
     for name, field in known.items():
         default = getattr(base, name) if base is not None else _default(field)
         if name in content:
-            values[name] = _convert(content[name], hints[name], _join(path, name), faults, default)
+            value = _convert(content[name], hints[name], _join(path, name), faults, default)
+            values[name] = os.path.expanduser(value) if field.metadata.get("place") and value else value
         elif base is not None:
             values[name] = default
         elif field.default is MISSING and field.default_factory is MISSING:

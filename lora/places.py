@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def _models(content: Mapping[str, Any]) -> Iterator[str]:
         named = _at(content, setting)
         if isinstance(named, str):
             if setting == "model.base" and is_single_file(named):
-                if not Path(named).expanduser().is_file():
+                if not Path(named).is_file():
                     yield f"{setting}: there is no file {named}: correct the path."
                 continue
             try:
@@ -51,7 +52,7 @@ def _files(content: Mapping[str, Any], continued: bool) -> Iterator[str]:
         if continued and setting in KEPT:
             continue
         named = _at(content, setting)
-        if isinstance(named, str) and named != "own" and not (Path(named).expanduser().exists() or is_hub_id(named)):
+        if isinstance(named, str) and named != "own" and not (Path(named).exists() or is_hub_id(named)):
             yield f"{setting}: {named} is no file and no folder here: correct the path, or leave it out."
 
 
@@ -63,11 +64,12 @@ def _folders(content: Mapping[str, Any]) -> Iterator[str]:
     several = enumerate(listed) if isinstance(listed, list) else ()
     named = {f"data.folders.{n}": each.get("path") for n, each in several if isinstance(each, Mapping)}
     for setting, folder in {"data.folder": data.get("folder"), **named}.items():
-        if isinstance(folder, str) and not Path(folder).expanduser().is_dir():
-            yield f"{setting}: {folder} is no folder."
+        if isinstance(folder, str) and not Path(place := os.path.expanduser(folder)).is_dir():
+            yield f"{setting}: {place} is no folder."
 
 
 def _at(content: Mapping[str, Any], setting: str) -> Any:
     section, _, name = setting.partition(".")
     inner = content.get(section)
-    return inner.get(name) if isinstance(inner, Mapping) else None
+    named = inner.get(name) if isinstance(inner, Mapping) else None
+    return os.path.expanduser(named) if isinstance(named, str) else named

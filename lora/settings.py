@@ -157,7 +157,7 @@ class FolderSettings(Settings):
         repeats: how often its clips come while those of a folder with 1 come once.
     """
 
-    path: str = setting(free=True)
+    path: str = setting(free=True, place=True)
     repeats: int = setting(1, low=1)
 
 
@@ -185,7 +185,7 @@ class DataSettings(Settings):
     """
 
     kind: Literal["demo", "videos", "images", "mixed"] = "demo"
-    folder: str | None = setting(None, free=True)
+    folder: str | None = setting(None, free=True, place=True)
     folders: tuple[FolderSettings, ...] = ()
     sizes: tuple[SizeSettings, ...] = (SizeSettings(32, 128, 128),)
     sizes_per_video: Literal["best", "all"] = "best"
@@ -194,7 +194,7 @@ class DataSettings(Settings):
     zoom: tuple[float, ...] = setting((1.0,), low=1, high=2)
     missing_captions: Literal["error", "skip"] = "error"
     contact_sheet: int = setting(8, low=0, high=100, free=True)
-    cache: str | None = setting(None, free=True)
+    cache: str | None = setting(None, free=True, place=True)
     cache_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     workers: int = setting(0, low=0, free=True)
 
@@ -256,7 +256,7 @@ class RunSettings(Settings):
     """
 
     recipe: str = setting()
-    out: str = setting(free=True)
+    out: str = setting(free=True, place=True)
     seed: int = setting(0, low=0, high=2**31 - 1)
     loop: LoopSettings = field(default_factory=LoopSettings)
     data: DataSettings = field(default_factory=DataSettings)

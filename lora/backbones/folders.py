@@ -17,6 +17,7 @@ from ...autoencoders.file_modes import as_new_files
 from ...pipelines.json_files import write_json
 from ...pipelines.locations import is_hub_id
 from ...pipelines.quiet_logs import only_logs
+from ...pipelines.run_folder import NoAdapter, model_path
 from ...pipelines.weight_files import transformer_files, transformer_tensors
 from ..checkpoint import replaced
 from ..config import ConfigError
@@ -35,7 +36,8 @@ __all__ = [
 
 
 def located(location: str, setting: str, *built_in: str, part: str = "") -> str:
-    """Where a model is: a folder or hub id as it is, and the folder of a built-in one.
+    """Where a model is: a folder or hub id as it is, of the folder of a run the model that it made (of a pipeline), and
+    the folder of a built-in one.
 
     Args:
         location: as the user wrote it.
@@ -44,12 +46,17 @@ def located(location: str, setting: str, *built_in: str, part: str = "") -> str:
         part: of such a pipeline.
 
     Raises:
-        ConfigError: neither of the three.
+        ConfigError: none of them; or a run that makes no model, or has none yet.
     """
     from ... import demo
 
     if location in built_in:
         return str(demo.path(location) / part)
+    if Path(location).is_dir() and not part:
+        try:
+            return str(model_path(location))
+        except NoAdapter as error:
+            raise ConfigError(f"{setting}: {error}") from error
     if Path(location).is_dir() or is_hub_id(location):
         return location
     if Path(location).is_file() and part == "vae":

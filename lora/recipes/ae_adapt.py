@@ -53,7 +53,7 @@ class AEAdapt(EncodedClipsRecipe):
     def _backbone(self) -> Backbone:
         model = self.config.model
         return open_backbone(
-            located(model.base, "model.base", demo.WAN),
+            self.pipeline_at(model.base, "model.base", demo.WAN),
             self._autoencoder(),
             dtype=getattr(torch, model.dtype),
             autoencoder_dtype=getattr(torch, model.autoencoder_dtype),
@@ -130,7 +130,8 @@ class AEAdapt(EncodedClipsRecipe):
     def _facts(self, finished: bool = True) -> dict[str, Any]:
         """What the adapter belongs to."""
         model = self.config.model
-        base = model.base if model.base == demo.WAN or is_hub_id(model.base) else str(Path(model.base).resolve())
+        named = model.base == demo.WAN or is_hub_id(model.base)
+        base = model.base if named else str(Path(self.backbone.base).resolve())
         # That of a hub is found from anywhere; any other is copied into the pipeline of this run when it is finished.
         autoencoder = self._autoencoder()
         if not is_hub_id(autoencoder):

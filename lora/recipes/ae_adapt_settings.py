@@ -26,8 +26,8 @@ class ModelSettings(Settings):
         guidance: what models that are distilled on a guidance scale (FLUX dev) are told in training; None for 3.5.
     """
 
-    base: str = setting(free=True)
-    autoencoder: str = setting(free=True)
+    base: str = setting(free=True, place=True)
+    autoencoder: str = setting(free=True, place=True)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     autoencoder_tiling: bool = False

@@ -39,7 +39,7 @@ class ModelSettings(Settings):
         norm_gain: weight with which the norms of the residual blocks start; below 1 they start nearer to nothing.
     """
 
-    start: str | None = setting(None, free=True)
+    start: str | None = setting(None, free=True, place=True)
     latent_channels: int = setting(32, low=1)
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512, 1024, 1024, 1024)
     layers_per_block: tuple[int, ...] = (0, 5, 10, 4, 4, 4, 4)

@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from ...pipelines.run_folder import taken
+from ..backbones.folders import located
 from ..checkpoint import CheckpointError
 from ..config import ConfigError
 from ..data.sampler import Pick
@@ -169,6 +171,17 @@ class Recipe(ABC):
         model's files; called after `prepare`. A run is continued only where they are equal.
         """
         return {}
+
+    def pipeline_at(self, location: str, setting: str, *built_in: str) -> str:
+        """`located` for a pipeline; which one of the folder of a run was taken is told.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        place = located(location, setting, *built_in)
+        if self.process.is_main and location not in built_in and (told := taken(location, Path(place))):
+            logger.info("%s", told)
+        return place
 
     @property
     def seed_of_held_out(self) -> int | None:

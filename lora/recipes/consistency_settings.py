@@ -29,7 +29,7 @@ class ConsistencySettings(Settings):
             of clips with noise.
     """
 
-    teacher: str | None = setting(None, free=True)
+    teacher: str | None = setting(None, free=True, place=True)
     steps: int = setting(4, low=1, high=64)
     objective: Literal["segments", "consistency"] = "segments"
     teacher_steps: int = setting(4, low=2)

@@ -22,7 +22,7 @@ from ...pipelines.single_file import LayoutError, SingleFileError, pipeline_of
 from ..adapter import add_lora, layers_named
 from ..backbones import open_model
 from ..backbones.base import ModelOptions, OwnModel, Text
-from ..backbones.folders import located, transformer_files
+from ..backbones.folders import transformer_files
 from ..begun_from import START, named_anew
 from ..config import ConfigError
 from ..data.latents import Latents
@@ -132,9 +132,9 @@ class TrainLora(EncodedClipsRecipe):
         """Folder or hub id of the base; of a single file, the folder that it is converted to."""
         model = self.config.model
         if not is_single_file(model.base):
-            return located(model.base, "model.base", *demo.MODELS)
+            return self.pipeline_at(model.base, "model.base", *demo.MODELS)
         part = "transformer_2" if model.stage == "low_noise" else "transformer"
-        components = located(str(model.components), "model.components", *demo.MODELS)
+        components = self.pipeline_at(str(model.components), "model.components", *demo.MODELS)
         try:
             return str(self.process.main_first(lambda: pipeline_of(model.base, components, part)))
         except (SingleFileError, LayoutError, OSError) as error:

@@ -35,8 +35,8 @@ class ModelSettings(Settings):
             FLUX dev, 1 of HunyuanVideo.
     """
 
-    base: str = setting(free=True)
-    components: str | None = setting(None, free=True)
+    base: str = setting(free=True, place=True)
+    components: str | None = setting(None, free=True, place=True)
     stage: Literal["high_noise", "low_noise"] | None = None
     first_frame: bool | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
@@ -77,7 +77,7 @@ class AdapterSettings(Settings):
     alpha: float | None = setting(None, above=0)
     dropout: float = setting(0.0, low=0, below=1)
     targets: tuple[str, ...] | None = None
-    start: str | None = setting(None, free=True)
+    start: str | None = setting(None, free=True, place=True)
     file_dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", free=True)
 
     @property

@@ -25,7 +25,6 @@ from ...pipelines.acceleration.sla_weights import (
 from ...pipelines.weight_files import stated_config, transformer_files, transformer_tensors
 from ..adapter import without_lora
 from ..backbones.base import Text
-from ..backbones.folders import located
 from ..checkpoint import replaced
 from ..config import ConfigError
 from ..fsdp import DTYPES
@@ -43,12 +42,14 @@ class TrainSLA(TrainLora):
     Config = SLASettings
     config: SLASettings
     method: SLA
+    start_model: str | None
+    """Folder or hub id of what `sla.start` names."""
 
     def _check_start(self, start: str) -> None:
         """Raise ConfigError where what the training is to go on from is of another model, or does something else."""
         setting, base, part = "sla.start", self.backbone.base, self.backbone.part
         try:
-            trained = read_config(located(start, setting), part)
+            trained = read_config(start, part)
         except SLAError as error:
             raise ConfigError(f"{setting}: {error}") from error
         if trained is None:
@@ -93,7 +94,7 @@ class TrainSLA(TrainLora):
         return [SparseLinear(self)]
 
     def inputs(self) -> dict[str, str]:
-        start = self.config.sla.start
+        start = self.start_model
         own = {} if start is None else {"sla.start": transformer_files(start, self.backbone.part)}
         return {**super().inputs(), **own}
 
@@ -138,8 +139,10 @@ class TrainSLA(TrainLora):
                 f"model.base: the {part} of {self.config.model.base} was trained for SLA, and has no dense attention "
                 "to learn from: give the model that it was trained from, and this one as sla.start."
             )
-        if self.config.sla.start is not None:
-            self._check_start(self.config.sla.start)
+        given = self.config.sla.start
+        self.start_model = None if given is None else self.pipeline_at(given, "sla.start")
+        if self.start_model is not None:
+            self._check_start(self.start_model)
         layers = self._sites(skeleton)
         if layers and self.config.sla.dense_layers >= len(layers):
             raise ConfigError(
@@ -169,8 +172,8 @@ class TrainSLA(TrainLora):
         if self.method.needs_weights:
             add_projections(self._sparse(transformer), self.backbone.config["attention_head_dim"])
         load_trained(transformer, self.start)
-        if self.config.sla.start is not None:
-            self._load_start(transformer, self.config.sla.start)
+        if self.start_model is not None:
+            self._load_start(transformer, self.start_model)
         return transformer
 
     def _load_start(self, transformer: nn.Module, start: str) -> None:

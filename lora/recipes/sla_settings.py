@@ -32,7 +32,7 @@ class SparseLinearSettings(Settings):
     """
 
     train: Literal["full", "lora"] = "full"
-    start: str | None = setting(None, free=True)
+    start: str | None = setting(None, free=True, place=True)
     loss: Literal["white_box", "flow"] = "white_box"
     topk: float = setting(0.1, above=0, high=1)
     block_q: int = setting(64, low=1)

@@ -20,7 +20,7 @@ from ...autoencoders.tiny.layers import MemoryBlock, WideMemoryBlock
 from ...pipelines.deep_compression.adapted import own_autoencoder
 from ...pipelines.deep_compression.adapter_folder import AdapterError, is_adapter, read_facts
 from ...pipelines.tiny_decoder.source import TinyDecoderError, check_fits, read_decoder
-from ..backbones.folders import load_autoencoder, located, read_config, write_model
+from ..backbones.folders import load_autoencoder, read_config, write_model
 from ..config import ConfigError
 from ..data.cache import fingerprint
 from ..reconstruction import Wanted, quality
@@ -48,7 +48,7 @@ class TrainTinyDecoder(TrainReconstruction):
     def _autoencoder(self) -> Any:
         """That of `model.base`, frozen, where it runs."""
         settings = self.config.model
-        place = located(settings.base, "model.base", demo.WAN, demo.DC)
+        place = self.pipeline_at(settings.base, "model.base", demo.WAN, demo.DC)
         subfolder: str | None = "vae"
         try:
             if is_adapter(Path(place)):

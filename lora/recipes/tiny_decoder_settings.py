@@ -22,7 +22,7 @@ class ModelSettings(Settings):
         autoencoder_dtype: in which it encodes and decodes.
     """
 
-    base: str = setting(free=True)
+    base: str = setting(free=True, place=True)
     target: Literal["frames", "decoded"] = "frames"
     autoencoder_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
@@ -38,7 +38,7 @@ class DecoderSettings(Settings):
         file_dtype: of the weights that are written.
     """
 
-    start: str | None = setting(None, free=True)
+    start: str | None = setting(None, free=True, place=True)
     block_out_channels: tuple[int, ...] = (256, 128, 64, 64)
     layers_per_block: int = setting(3, low=1)
     time_growth: tuple[int, ...] = (1, 2, 2)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
 import yaml
 
 from vidaccel.lora import config_folder, run
-from vidaccel.lora.config import ConfigError, Settings, as_yaml, build, differences, flat, load, setting
+from vidaccel.lora.config import ConfigError, Settings, as_yaml, build, differences, flat, load, read, setting
+from vidaccel.lora.places import absent
 from vidaccel.lora.recipes import RECIPES, find
 from vidaccel.lora.settings import DataSettings, LoopSettings
 
@@ -230,6 +232,26 @@ def test_a_recipe_of_ones_own_is_its_class_or_names_it(tmp_path, monkeypatch):
     monkeypatch.setitem(RECIPES, "mine", "my_recipes")
     with pytest.raises(ConfigError, match=r"'my_recipes' names no class: register the class itself"):
         find("mine")
+
+
+def test_the_home_of_the_user_is_written_with_a_tilde_in_every_place(tmp_path, monkeypatch):
+    """No shell sees what is in YAML: a run was written into a folder of the name "~", beside where it was started."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.yaml").write_text("recipe: consistency\nout: ~/run\ndata: {folders: [{path: ~/v}], cache: ~/c}\n")
+    places = [
+        "model.base=~/m.gguf",
+        "model.components=~/p",
+        "lora.start=~/s",
+        "consistency.teacher=~/t",
+        "train.steps=1",
+    ]
+    content = read(tmp_path / "a.yaml", ["data.kind=videos", "train.steps=1", *places])
+    assert all(str(tmp_path) in fault for fault in absent(content)) and len(absent(content)) == 5
+    made = flat(build(find("consistency").Config, content))
+    named = ("out", "data.folders.0.path", "data.cache", "model.base", "model.components", "lora.start")
+    assert [Path(made[name]).parent for name in (*named, "consistency.teacher")] == [tmp_path] * 7
+    others = {"sla": {"start": "~/x"}, "decoder": {"start": "~/x"}, "model": {"start": "~/x", "autoencoder": "~/x"}}
+    assert len(absent(others)) == 4 and all(f": {tmp_path}/x is no f" in fault for fault in absent(others))
 
 
 def test_places_that_are_not_there_are_named_with_all_other_faults(tmp_path):

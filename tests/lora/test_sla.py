@@ -25,6 +25,7 @@ from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.recipes.sla import SparseLinear
 from vidaccel.lora.trainer import Diverged, Stopped
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA, names_in, read_config
+from vidaccel.pipelines.run_folder import FILE
 
 TOKENS = 12  # of the clips: 3 key blocks, of which one is read
 LAYERS = ("blocks.0.attn1", "blocks.1.attn1")
@@ -291,6 +292,22 @@ def test_a_lora_is_gone_on_from(tmp_path, text_base):
     trained = load_file(tmp_path / "run" / "phases" / "train.safetensors")
     named = dict(model.named_parameters())
     assert all(torch.allclose(named[name], value, atol=1e-6) for name, value in trained.items())
+
+
+def test_the_folder_of_a_run_stands_for_its_model(tmp_path, text_base, trained_and_other, caplog):
+    """As the page says; of one that trains an adapter it is refused with what to give."""
+    folder = str(Path(trained_and_other[0]).parent)
+    with caplog.at_level("INFO"):
+        made = recipe(settings(tmp_path, text_base, sla={"start": folder}))
+        plain = recipe(write(tmp_path / "plain", Path(folder)))
+    assert made.transformer() is not None
+    assert made.inputs()["sla.start"] == plain.base_hash
+    assert caplog.messages.count(f"{folder} is the folder of a training: its pipeline is used.") == 2
+    assert plain.backbone.base == trained_and_other[0] and plain.facts()["base"] == Path(folder).name
+    (tmp_path / "other" / "adapter").mkdir(parents=True)
+    (tmp_path / "other" / "adapter" / FILE).touch()
+    with pytest.raises(ConfigError, match="model.base: .*whose result is an adapter, .*give that beside the model"):
+        run("lora", write(tmp_path / "b", tmp_path / "other"))
 
 
 def test_all_weights_are_gone_on_from_at_another_density(tmp_path, text_base):
