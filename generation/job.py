@@ -20,7 +20,7 @@ from .length import (
     trained_lengths,
 )
 from .local_files import local_files
-from .lora_fit import check_fits, trained_otherwise
+from .lora_fit import check_fits, trained_elsewhere, trained_otherwise
 from .loras import check_targets, lora_files
 from .machine import (
     check_formats,
@@ -351,6 +351,7 @@ def _prepared(
     notes += filter(None, (whole_note(label, method, layout, sparse.density) for label, method in made))
     notes += filter(None, [trained_note(facts.trained_for, methods, compare)])
     notes += filter(None, [] if preset is None else [other_model_note(preset, of_weights), size_note(preset, settings)])
+    notes += trained_elsewhere(loras, facts)
     notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:
         wide, high = (size + size % 2 for size in (settings.width, settings.height))

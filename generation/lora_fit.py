@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..pipelines.adapter_header import facts_of
@@ -35,6 +36,36 @@ def check_fits(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
             problem = layers.misfit(file)
         if problem:
             raise BadInput("lora", f"cannot be used: {lora.path.name} {problem}")
+
+
+def trained_elsewhere(loras: Sequence[LoraFile], facts: ModelFacts) -> list[str]:
+    """A sentence for each LoRA that was trained on other weights of the family than those of the model.
+
+    Of a model of the hub the names are compared: its weights may not be here yet. One for longer videos is refused
+    (`length.check_bases`), so nothing is said of it here.
+
+    Args:
+        loras: of the request; those that do not say what they were trained on are passed over.
+        facts: of the model.
+    """
+    from ..pipelines.length.trained import RECIPE as LENGTH
+    from ..pipelines.weight_files import transformer_files
+
+    said = []
+    for lora in loras:
+        stated = facts_of(lora.path)
+        base, base_hash, part = stated.get("base"), stated.get("base_hash"), str(stated.get("part", "transformer"))
+        if not base_hash or base == facts.location or stated.get("recipe") == LENGTH:
+            continue
+        trained = f"{lora.path.name} was trained on {base} ({part}), and "
+        if not Path(facts.location).is_dir():
+            said.append(
+                f"{trained}whether {facts.name} has the same weights is not known: where it has others, what it "
+                "learned may not come out whole."
+            )
+        elif transformer_files(facts.location, part) != base_hash:
+            said.append(f"{trained}{facts.name} has other weights: what it learned may not come out whole.")
+    return said
 
 
 def trained_otherwise(

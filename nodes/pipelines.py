@@ -17,6 +17,7 @@ from ..generation.calls import as_class, dtype_of
 from ..generation.errors import BadInput
 from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters, suited
 from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
+from ..generation.lora_fit import trained_elsewhere
 from ..generation.machine import check_runs, choose_dtype
 from ..generation.model_facts import ModelFacts, inspect_model
 from ..generation.model_places import DEMOS
@@ -101,6 +102,7 @@ class VideoPipeline:
         guidance_free: adapters for guidance in one pass; none for two.
         trained: what LoRAs for longer videos in it were trained with.
         preset: all levers at once; None for none.
+        notes: what is to be said of its LoRAs with each video.
     """
 
     facts: ModelFacts
@@ -110,6 +112,7 @@ class VideoPipeline:
     trained: tuple[TrainedLength, ...] = ()
     guidance_free: tuple[GuidanceFreeAdapter, ...] = ()
     preset: Preset | None = None
+    notes: tuple[str, ...] = ()
 
     def guided_in_one_pass(self, adapters: Sequence[Path]) -> VideoPipeline:
         """The same weights with guidance in one pass, this object as it is.
@@ -230,7 +233,7 @@ def load(model: str, dtype: str, residency: Residency, loras: Sequence[Lora] = (
             pipe = load_pipeline(facts, chosen, "cpu")
             attach(pipe, loras)
     residency.attach(pipe)
-    return VideoPipeline(facts, pipe, residency, trained=trained)
+    return VideoPipeline(facts, pipe, residency, trained=trained, notes=tuple(trained_elsewhere(loras, facts)))
 
 
 def generate(
@@ -301,7 +304,7 @@ def generate(
         one_pass = guided_by(pipeline.guidance_free, pipeline.pipe, pipeline.facts)
     with plain_messages(), one_pass, roped(pipeline.pipe, riflex):
         made = run_pipeline(pipeline.pipe, settings, method, **options, on_step=on_step)
-    made = replace(made, notes=(*made.notes, *filter(None, [limit])))
+    made = replace(made, notes=(*pipeline.notes, *made.notes, *filter(None, [limit])))
     return _generation(pipeline, layout, settings, made, time.perf_counter() - start)
 
 

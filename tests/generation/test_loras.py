@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from vidaccel.attention.methods.description import describe
 from vidaccel.generation.api import carry_out
 from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.lora_fit import trained_elsewhere
 from vidaccel.generation.loras import attach, lora_files
+from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.request import Settings
 from vidaccel.lora.backbones.wan_own import WanModel
 from vidaccel.lora.lora_file import save_lora
 from vidaccel.pipelines.lora_files import LoraFile, target_of
+from vidaccel.pipelines.weight_files import transformer_files
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 1, "progress": False}
 
@@ -297,6 +301,25 @@ def test_what_a_lora_was_trained_with_is_compared_with_the_run(file):
     assert notes("radial", density=0.5) == [f"{said}this run has 0.5: give --density 0.3 for what it learned."]
     assert not notes("radial", density=0.3)
     assert not notes("tangent", trained="dense")  # as the model itself
+
+
+def test_the_weights_that_a_lora_was_trained_on_are_compared_with_those_of_the_model(file):
+    tensors, own = load_file(file), transformer_files(str(vidaccel.demo.path()))
+
+    def notes(**facts: Any) -> list[str]:
+        save_file(tensors, file, {"vidaccel": json.dumps({"recipe": "lora", "part": "transformer", **facts})})
+        job = prepare("demo", Settings(prompt="a red circle", steps=2), Sparse(), lora=file)
+        return [note for note in job.notes if "was trained on" in note]
+
+    said = "pytorch_lora_weights.safetensors was trained on mine (transformer), and "
+    lost = "what it learned may not come out whole."
+    assert notes(base="mine", base_hash="0123") == [f"{said}demo has other weights: {lost}"]
+    assert not notes(base="mine", base_hash=own) and not notes(base="mine")
+    save_file(tensors, file, {"vidaccel": json.dumps({"recipe": "lora", "base": "mine", "base_hash": "0123"})})
+    of_hub = replace(inspect_model("demo"), name="a/b", location="a/b")
+    [note] = trained_elsewhere(lora_files(file), of_hub)
+    assert note == f"{said}whether a/b has the same weights is not known: where it has others, {lost}"
+    assert not trained_elsewhere(lora_files(file), replace(of_hub, location="mine"))
 
 
 def test_block_size_and_dense_steps_of_the_training_are_compared_with_those_of_the_run(file):

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
 
 from vidaccel import demo
+from vidaccel.generation.request import Settings
 from vidaccel.nodes.loras import Lora, attach
+from vidaccel.nodes.pipelines import generate as run_pipeline
 from vidaccel.nodes.pipelines import load
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.wording import InputError
@@ -140,3 +142,20 @@ def test_a_pipeline_that_is_loaded_with_one(tmp_path):
     assert loaded.pipe.get_active_adapters() == ["lora_0"]
     layer = loaded.pipe.transformer.blocks[0].attn1.to_q
     assert layer.scaling["lora_0"] == 0.5 * layer.lora_alpha["lora_0"] / layer.r["lora_0"]
+    assert not loaded.notes
+
+
+def test_a_lora_of_other_weights_is_told_with_each_video(tmp_path):
+    transformer = WanPipeline.from_pretrained(demo.path()).transformer
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    WanPipeline.save_lora_weights(tmp_path, get_peft_model_state_dict(transformer))
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(load_file(file), file, {"vidaccel": json.dumps({"recipe": "lora", "base": "mine", "base_hash": "0123"})})
+    loaded = load("demo", "auto", Residency(torch.device("cpu"), lambda *_: None), [Lora(file)])
+    settings = Settings(prompt="a red circle", frames=5, height=32, width=32, steps=1)
+    made = run_pipeline(loaded, settings, on_step=lambda *_: None)
+    [note] = loaded.notes
+    assert (
+        "was trained on mine (transformer), and demo has other weights" in note
+        and note in made.report.news().report.notes
+    )
