@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -24,6 +24,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         named_parameters: as `module.named_parameters()` gives them.
         lr: one learning rate for both; a Muon update has a root mean square of 0.2 of it, as AdamW's typically has.
         exclude: parts of names of matrices that AdamW shall update (embeddings).
+        decays: which of what AdamW updates has weight decay, by its name and value; None for all.
     """
 
     def __init__(
@@ -34,13 +35,16 @@ class MuonWithAdamW(torch.optim.Optimizer):
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.98),
         exclude: tuple[str, ...] = ("embed_tokens", "shared", "relative_attention_bias"),
+        decays: Callable[[str, nn.Parameter], bool] | None = None,
     ) -> None:
-        matrices, others = [], []
+        matrices, others, undecayed = [], [], []
         for name, parameter in named_parameters:
             if parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(e in name for e in exclude):
                 matrices.append(parameter)
-            else:
+            elif decays is None or decays(name, parameter):
                 others.append(parameter)
+            else:
+                undecayed.append(parameter)
         common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         # What Muon sees of each matrix: a view of two dimensions, renewed in each step, since a model may be moved.
         self._flat = {parameter: nn.Parameter(parameter.detach().flatten(1)) for parameter in matrices}
@@ -48,9 +52,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
         if matrices:
             scaled: dict[str, Any] = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"}
             self._inner.append(torch.optim.Muon(list(self._flat.values()), **common, **scaled))
-        if others:
-            self._inner.append(torch.optim.AdamW(others, **common, betas=betas))
-        super().__init__([{"params": part} for part in (matrices, others) if part], common)
+        groups: list[dict[str, Any]] = [{"params": matrices}] if matrices else []
+        for part, decay in ((others, weight_decay), (undecayed, 0.0)):
+            if part:
+                self._inner.append(torch.optim.AdamW(part, lr=lr, weight_decay=decay, betas=betas))
+                groups.append({"params": part, "weight_decay": decay})
+        super().__init__(groups, common)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -70,7 +77,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of any optimiser; the tensors of the state are those of the two inner ones."""
+        """As of any optimiser; the tensors of the state are those of the inner ones."""
         super().load_state_dict(state_dict)
         for group, inner in zip(self.param_groups, self._inner, strict=True):
             for parameter in group["params"]:

@@ -45,12 +45,21 @@ def learning_rate(
     return peak * (settings.min_lr_rate + (1 - settings.min_lr_rate) * fall)
 
 
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter has weight decay: the matrices and kernels of layers, and not vectors and tables.
+
+    Wan's table of modulations is `[1, 6, dim]`, and norms of images and videos have `[C, 1, 1]`.
+    """
+    kernel = parameter.ndim == 2 or (parameter.ndim > 2 and parameter[0].numel() > 1)
+    return kernel and name.endswith("weight")
+
+
 def make_optimizer(
     settings: PhaseSettings, parameters: Mapping[str, nn.Parameter], scale: Callable[[str], float]
 ) -> torch.optim.Optimizer:
     """The optimiser of a phase; each group has the key `scale`, what the learning rate is multiplied by.
 
-    Weight decay is for matrices, not for vectors.
+    Weight decay is for the matrices and kernels of layers alone, see `decays`.
 
     Raises:
         ConfigError: muon or prodigy for parameters whose learning rates have different scales, or a package that is not
@@ -58,7 +67,7 @@ def make_optimizer(
     """
     groups: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in parameters.items():
-        groups.setdefault((scale(name), parameter.ndim >= 2), {})[name] = parameter
+        groups.setdefault((scale(name), decays(name, parameter)), {})[name] = parameter
     if settings.optimizer in ONE_RATE and len({factor for factor, _ in groups}) > 1:
         raise ConfigError(f"{settings.optimizer} has one learning rate for all parameters: use adamw for this phase.")
     if settings.optimizer == "muon":
@@ -66,7 +75,11 @@ def make_optimizer(
 
         factor = next(iter(groups))[0]
         optimizer = MuonWithAdamW(
-            parameters.items(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=settings.betas
+            parameters.items(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=settings.betas,
+            decays=decays,
         )
         for group in optimizer.param_groups:
             group["scale"] = factor
@@ -74,10 +87,10 @@ def make_optimizer(
     listed = [
         {
             "params": list(members.values()),
-            "weight_decay": settings.weight_decay if is_matrix else 0.0,
+            "weight_decay": settings.weight_decay if decayed else 0.0,
             "scale": factor,
         }
-        for (factor, is_matrix), members in groups.items()
+        for (factor, decayed), members in groups.items()
     ]
     cls: Any = torch.optim.AdamW if settings.optimizer == "adamw" else of_package(settings.optimizer)
     return cls(listed, lr=settings.learning_rate, betas=settings.betas, **OPTIONS.get(settings.optimizer, {}))

@@ -49,7 +49,7 @@ class PhaseSettings(Settings):
         low_bit_linears: what the linear layers of the blocks compute their products in, forward and backward, through
             torchao, which must be installed: "int8", or "fp8_..." with one scale a tensor, one a row, or one a row
             and the gradients of weights in full. Weights stay as they are.
-        betas, weight_decay: of AdamW.
+        betas, weight_decay: of AdamW, and the decay of Muon; only matrices and kernels of layers have it.
         max_grad_norm: bound of the gradient norm; None for none.
         ema_decay: of the EMA of the weights, which is the result of the phase; 0 for none.
         batch_size: clips a process and micro-step.

@@ -548,6 +548,22 @@ def test_a_falling_rate_that_cannot_be(tiny_settings, settings, words):
         tiny_settings(phases={"first": settings})
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_matrices_alone_have_weight_decay(optimizer):
+    """muon's vectors had it, and with both Wan's table of modulations, which is `[1, 6, dim]`."""
+    kept = {"norm.weight": (8,), "to_q.bias": (8,), "scale_shift_table": (1, 6, 8), "norm.gamma": (8, 1, 1)}
+    decayed = {"to_q.weight": (8, 8), "conv.weight": (8, 8, 3), "to_q.lora_A.default.weight": (1, 8)}
+    named = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in {**kept, **decayed}.items()}
+    made = make_optimizer(
+        PhaseSettings(steps=1, weight_decay=0.5, learning_rate=0.1, optimizer=optimizer), named, lambda name: 1.0
+    )
+    for parameter in named.values():
+        parameter.grad = torch.zeros_like(parameter)
+    made.step()
+    assert {name for name, value in named.items() if (value == 1).all()} == set(kept)
+    assert all(named[name].flatten()[0].item() == pytest.approx(0.95) for name in decayed)
+
+
 def test_groups_of_the_optimizer():
     net = torch.nn.Linear(2, 3)
     named = dict(net.named_parameters())
