@@ -115,7 +115,7 @@ class LoopSettings(Settings):
     """What the loop does beside training.
 
     Args:
-        mixed_precision: of the forward pass; trained weights stay float32.
+        mixed_precision: of the forward pass; trained weights stay float32. "fp16" needs a GPU.
         gradient_checkpointing: trade time for memory.
         compile: have the repeated blocks of what is trained compiled by torch: the same up to rounding, fewer and
             larger kernels, and minutes of compilation for each size. Of transformers.

@@ -76,6 +76,11 @@ def make_accelerator(config: RunSettings) -> Accelerator:
     plugin = plugin_of(accelerator)
     try:
         check_accelerator(accelerator, config.sparse)
+        if loop.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise ConfigError(
+                "loop.mixed_precision is fp16, and the run is on the CPU, where that would be float32: set it to no or "
+                "bf16, or train on a GPU."
+            )
         if plugin is not None:
             check_plugin(plugin, loop.mixed_precision)
     except ConfigError:

@@ -132,6 +132,13 @@ def test_what_is_not_supported_is_refused_in_words(tiny_settings, run_tiny, monk
     assert len(run_tiny(tiny_settings()).seen) == 6
 
 
+def test_half_precision_that_a_cpu_does_not_have_is_refused(tiny_settings, run_tiny, afresh):
+    """accelerate has none there, and says nothing; the next run in the process is none the worse."""
+    with pytest.raises(ConfigError, match="loop.mixed_precision is fp16, and the run is on the CPU"):
+        make_accelerator(tiny_settings(loop={"mixed_precision": "fp16"}))
+    assert len(run_tiny(tiny_settings()).seen) == 6
+
+
 @pytest.mark.parametrize(
     ("kind", "parallel", "backend", "words"),
     [
