@@ -55,7 +55,8 @@ class PhaseSettings(Settings):
         batch_size: clips a process and micro-step.
         gradient_accumulation_steps: micro-steps an optimiser step. This and `batch_size` may be others in a resumed
             run, whose clips a step, over all processes, must be as many as before; see `step_clips`.
-        max_minutes: the phase ends after this time, wherever it is; None for no limit.
+        max_minutes: the phase ends after this time, wherever it is; None for no limit. A run may be resumed with
+            another one if `lr_scheduler` is "constant".
     """
 
     steps: int = setting(low=0)
@@ -80,11 +81,11 @@ class PhaseSettings(Settings):
     ema_decay: float = setting(0.0, low=0, below=1)
     batch_size: int = setting(1, low=1, free=True)
     gradient_accumulation_steps: int = setting(1, low=1, free=True)
-    max_minutes: float | None = setting(None, above=0, free=True)
+    max_minutes: float | None = setting(None, above=0)
 
     def free_here(self) -> Iterable[str]:
         # Without a fall of the learning rate, no step depends on how many there will be.
-        return ("steps", "lr_decay_steps", "min_lr_rate") if self.lr_scheduler == "constant" else ()
+        return ("steps", "lr_decay_steps", "min_lr_rate", "max_minutes") if self.lr_scheduler == "constant" else ()
 
     def check(self) -> Iterator[str]:
         if self.optimizer == "prodigy" and self.learning_rate < 0.1:

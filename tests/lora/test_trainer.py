@@ -529,6 +529,19 @@ def test_a_run_that_went_on_for_long_is_ended_with_a_falling_rate(tiny_settings,
     assert rates == pytest.approx([0.01] * 4 + [0.01 * 2 / 3, 0.01 / 3], rel=1e-4)  # as the log rounds them
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_the_end_of_a_falling_rate_stays(tiny_settings, run_tiny, kind):
+    """With more minutes the rate rose again, or fell to nothing with fewer; without a fall they may change."""
+    falling = {"steps": 3, "lr_scheduler": kind, "max_minutes": 10}
+    run_tiny(tiny_settings(phases={"first": falling, "second": {"steps": 0}}))
+    with pytest.raises(CheckpointError, match="phases.first.max_minutes: 10.0 then, 20.0 now"):
+        run_tiny(tiny_settings(phases={"first": {**falling, "max_minutes": 20}, "second": {"steps": 0}}), "latest")
+    constant = {"first": {"steps": 3, "max_minutes": 10}, "second": {"steps": 0}}
+    run_tiny(tiny_settings("constant", phases=constant))
+    constant["first"] = {"steps": 4, "max_minutes": 20}
+    assert len(run_tiny(tiny_settings("constant", phases=constant), "latest").seen) == 1
+
+
 def test_a_warm_up_that_does_not_end_is_told(tiny_settings, run_tiny, caplog):
     phases = {"first": {"steps": 2, "lr_warmup_steps": 8}, "second": {"steps": 3, "lr_warmup_steps": 2}}
     run_tiny(tiny_settings(phases=phases))
