@@ -24,7 +24,7 @@ from ..autoencoders.file_modes import as_new_files
 from ..pipelines.run_folder import ADAPTER, in_order, order_of
 from ..pipelines.run_folder import CHECKPOINT as _PREFIX
 from ..pipelines.run_folder import CHECKPOINT_FACTS as _FACTS
-from ..pipelines.whole_files import NotWritten, staged
+from ..pipelines.whole_files import NotWritten, lacks_room, staged
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +239,11 @@ class CheckpointFolder:
                 os.replace(old, target)
         for path in self.folder.glob(f".{_PREFIX}*.part"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def remedy(error: Exception) -> str:
+    """Behind what could not be written, what to do about it, as the beginning of a sentence."""
+    return "Make room" if lacks_room(error) else "See that it can be"
 
 
 def random_state() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..attention.call_checks import NotFinite
-from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, set_random_state
+from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, remedy, set_random_state
 from .config import as_yaml
 from .data.sampler import ClipSampler
 from .dataloader import batches, to_device
@@ -383,7 +383,7 @@ class PhaseRun:
             except CheckpointError as error:
                 if must:
                     raise CheckpointError(
-                        f"{error} Make room, and {self.context.checkpoints.how_to_resume()}."
+                        f"{error} {remedy(error)}, and {self.context.checkpoints.how_to_resume()}."
                     ) from error
                 failed = True
                 logger.error("%s The run goes on and tries again in %d steps.", error, self.loop.save_every)

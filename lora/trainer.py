@@ -20,7 +20,7 @@ import torch
 from ..generation.alone import alone
 from ..generation.errors import BadInput
 from ..pipelines.run_folder import RESULTS, SETTINGS
-from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, save_tensors, save_text
+from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, remedy, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
 from .launched import check_accelerator, check_environment
@@ -243,7 +243,7 @@ class Trainer:
         try:
             return self.recipe.finish(trained)
         except OSError as error:
-            raise OSError(f"{error} Make room, and {self.checkpoints.how_to_resume()}.") from error
+            raise OSError(f"{error} {remedy(error)}, and {self.checkpoints.how_to_resume()}.") from error
 
     def _phases(self, context: RunContext, phases: list[Phase], start: _Start) -> Tensors:
         """Run the phases that are left; their results together."""

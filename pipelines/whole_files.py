@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -22,6 +23,19 @@ class NotWritten(OSError):
 
     def __reduce__(self) -> tuple[type[NotWritten], tuple[Path, Exception]]:
         return type(self), (self.path, self.reason)  # through the pickle of a worker process
+
+
+def lacks_room(error: BaseException | None) -> bool:
+    """Whether a disk or a quota is full, by an error or by what it came from.
+
+    Libraries that write in other languages have the number of the system's error in their text alone.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    while error is not None:
+        if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
+            return True
+        error = error.reason if isinstance(error, NotWritten) else error.__cause__
+    return False
 
 
 @contextmanager

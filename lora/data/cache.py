@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ...pipelines.weight_files import transformer_file
-from ..checkpoint import CheckpointError, save_tensors
+from ..checkpoint import CheckpointError, remedy, save_tensors
 from ..config import ConfigError
 
 _CHECKSUM = "crc32"
@@ -46,8 +46,8 @@ def not_kept(folder: Path, error: Exception) -> CheckpointError:
     """What to raise where a file of a cache cannot be written."""
     why = str(error).removesuffix(".")
     return CheckpointError(
-        f"the cache {folder} cannot be written: {why}. Make room, or choose another data.cache; what is there is used "
-        "again."
+        f"the cache {folder} cannot be written: {why}. {remedy(error)}, or choose another data.cache; what is "
+        "there is used again."
     )
 
 

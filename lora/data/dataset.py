@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 
+from ...pipelines.quiet_logs import only_logs
 from ..processes import Process
 from ..settings import DataSettings, SizeSettings
 from .cache import check_cache
@@ -128,6 +130,17 @@ def open_dataset(
     from .folder import MediaFolder
 
     def opened() -> ClipDataset:
-        return MediaFolder.open(data, random_crops, need_captions, process)
+        with _told_once(process):
+            return MediaFolder.open(data, random_crops, need_captions, process)
 
     return opened() if process is None or not data.cache else process.main_first(opened)
+
+
+@contextlib.contextmanager
+def _told_once(process: Process | None) -> Iterator[None]:
+    """Every process looks at the same files; what is to be said of them, the main one says."""
+    with contextlib.ExitStack() as stack:
+        if process is not None and not process.is_main:
+            for part in ("captions", "files", "folder", "media_index"):
+                stack.enter_context(only_logs(f"{__package__}.{part}", lambda message: False))
+        yield

@@ -60,11 +60,13 @@ class Entry:
 class MediaFolder:
     """A `ClipDataset`: clips of the files of folders, cut from the middle of the picture, or anywhere if random.
 
-    A video gives as many clips, one behind the other, as it has frames for.
+    A video gives as many clips, one behind the other, as it has frames for. `tells`: whether it says which
+    are left out.
     """
 
-    def __init__(self, entries: Sequence[Entry], data: DataSettings, random_crops: bool) -> None:
+    def __init__(self, entries: Sequence[Entry], data: DataSettings, random_crops: bool, tells: bool = True) -> None:
         self.entries, self.data, self.random_crops = tuple(entries), data, random_crops
+        self._tells = tells
         self._contents: dict[int, str] = {}
         self._told: set[str] = set()
 
@@ -120,7 +122,7 @@ class MediaFolder:
         if data.kind == "mixed" and len(kinds) == 1:
             raise ConfigError(f"data.kind is mixed, and {names} has {min(kinds)} alone: set it to {min(kinds)}.")
         _say_what_is_special(entries, data.fps)
-        return cls(entries, data, random_crops)
+        return cls(entries, data, random_crops, tells=process is None or process.is_main)
 
     def members(self, sizes: Sequence[SizeSettings]) -> Mapping[int, Sequence[int]]:
         found: dict[int, list[int]] = {number: [] for number in range(len(sizes))}
@@ -171,8 +173,8 @@ class MediaFolder:
         return [n for n in possible if n == best or _fit(media, sizes[n]).keeps_it]
 
     def _warn_once(self, text: str) -> None:
-        """The sizes are gone through several times in a run."""
-        if text not in self._told:
+        """The sizes are gone through several times in a run, and in each of its processes."""
+        if self._tells and text not in self._told:
             self._told.add(text)
             logger.warning("%s", text)
 

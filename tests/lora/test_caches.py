@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 from row_encoders import Rows, Words
+from safetensors import SafetensorError
 
 from vidaccel.lora import run
 from vidaccel.lora.__main__ import main
@@ -18,7 +19,7 @@ from vidaccel.lora.backbones.base import Encoder, TextEncoder
 from vidaccel.lora.backbones.wan_encoding import WanTextEncoder
 from vidaccel.lora.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError, load
-from vidaccel.lora.data.cache import TensorCache, fingerprint, tokenizer_fingerprint
+from vidaccel.lora.data.cache import TensorCache, fingerprint, not_kept, tokenizer_fingerprint
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.latents import Latents, say_what_is_cut
 from vidaccel.lora.data.sampler import Pick
@@ -26,6 +27,7 @@ from vidaccel.lora.generators import Place
 from vidaccel.lora.recipes.ae_adapt import AEAdapt
 from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.settings import SizeSettings
+from vidaccel.pipelines.whole_files import NotWritten
 
 HERE = Process(torch.device("cpu"))
 SIZE = SizeSettings(4, 32, 32)
@@ -66,8 +68,10 @@ def test_cached_tensors(tmp_path):
 
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"the cache .*file cannot be written: .*[^.]\. Make room"):
+    with pytest.raises(CheckpointError, match=r"the cache .*file cannot be written: .*[^.]\. See that it can be, or"):
         TensorCache(tmp_path / "file").write({"x": torch.ones(1)}, "a")
+    full = NotWritten(tmp_path / "a", SafetensorError("I/O error: No space left on device (os error 28)"))
+    assert ". Make room, or choose another data.cache" in str(not_kept(tmp_path, full))
 
 
 def test_fingerprints():

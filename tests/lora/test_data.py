@@ -27,6 +27,7 @@ from vidaccel.lora.data.sampler import ClipSampler, Pick, nearest_size, without
 from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.identities import dataset_identity
 from vidaccel.lora.pictures import write_video
+from vidaccel.lora.processes import Process
 from vidaccel.lora.settings import DataSettings, SizeSettings
 
 WIDE, TALL = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32)
@@ -431,3 +432,12 @@ def test_folders_that_cannot_be_used(tmp_path, video_folder):
         MediaFolder.open(data(video_folder)).members((SizeSettings(100, 32, 32),))
     with pytest.raises(ConfigError, match="folder is missing: kind is videos"):
         DataSettings(kind="videos")
+
+
+def test_one_process_says_what_there_is_to_say_of_files(video_folder, caplog):
+    """Each looks at the same files, and said the same."""
+    for index in (1, 0):
+        process = Process(torch.device("cpu"), index, 2)
+        opened = open_dataset(data(video_folder, fps=16.0), 0, process=process)
+        opened.members((SizeSettings(999, 32, 64), SizeSettings(8, 64, 32), WIDE))
+        assert ("less than data.fps = 16" in caplog.text) == (index == 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -236,13 +237,15 @@ def test_a_log_that_cannot_be_written_does_not_end_the_run(tiny_settings, run_ti
 
 
 def test_a_full_disk_at_the_end_is_an_error(tiny_settings, run_tiny, tiny_recipe, monkeypatch):
-    """Of a checkpoint, and of the result; it says how to go on."""
+    """Of a checkpoint, and of the result; it says how to go on, and to make room where there is none."""
     settings = tiny_settings(phases={"second": {"steps": 0}}, loop={"save_every": 1})
     with monkeypatch.context() as patch:
         save = CheckpointFolder.save
 
         def full(self, checkpoint, *more):
-            return save(self, checkpoint, *more) if checkpoint.step < 3 else broken(CheckpointError("No space left."))
+            if checkpoint.step == 3:
+                raise CheckpointError("No space left.") from OSError(errno.ENOSPC, "No space left on device")
+            return save(self, checkpoint, *more)
 
         patch.setattr(CheckpointFolder, "save", full)
         with pytest.raises(CheckpointError, match=r"No space left\. Make room, and continue with --resume latest\.$"):
@@ -250,7 +253,7 @@ def test_a_full_disk_at_the_end_is_an_error(tiny_settings, run_tiny, tiny_recipe
     with monkeypatch.context() as patch:
         patch.setattr(tiny_recipe, "finish", lambda *_: broken(OSError("adapter could not be written.")))
         with pytest.raises(
-            OSError, match=r"^adapter could not be written\. Make room, and continue with --resume latest"
+            OSError, match=r"^adapter could not be written\. See that it can be, and continue with --resume latest"
         ):
             run_tiny(settings, "latest")
     run_tiny(settings, "latest")
