@@ -80,9 +80,11 @@ class GatherBackend(Backend):
             rows = [_join([e.attend(tile, None, scale, return_lse) for tile in e.tiles], 2) for e, _, _ in entries]
             out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
             out = unpermute(out, plan.q_order).to(q.dtype)  # autocast may have made it another
+            lse = None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order).squeeze(-1)
             if wants_gradient(q, k, v) and not out.requires_grad:  # nothing is read
-                out = out + 0.0 * (q.sum() + k.sum() + v.sum())
-            return out, None if lse is None else unpermute(lse.unsqueeze(-1), plan.q_order).squeeze(-1)
+                zero = sum(x[:, :, :0].sum() for x in (q, k, v))  # of no numbers, any of which may be infinite
+                out, lse = out + zero, None if lse is None else lse + zero
+            return out, lse
         places = _Places(q, v.shape[-1], plan.q_order, return_lse)
         work = [(*entry, tile) for entry in entries for tile in entry[0].tiles]
 
@@ -319,7 +321,8 @@ class _GatherTiles(torch.autograd.Function):
     """The keys and values of each tile, a tuple of `[B, H, n, W]`, from those of all, `[B, H, N, W]`.
 
     As one operation, because the gradient of each slice would be a tensor as large as all keys, and adding these up
-    would take longer than attention itself. Here each tile's gradient is added where it came from.
+    would take longer than attention itself. Here each tile's gradient is added where it came from, in float32 at least:
+    a key that many tiles read has as many terms, and of a sum in half precision the later ones would be lost.
     """
 
     @staticmethod
@@ -330,13 +333,13 @@ class _GatherTiles(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        total = grads[0].new_zeros(ctx.like)
+        total = grads[0].new_zeros(ctx.like, dtype=torch.promote_types(grads[0].dtype, torch.float32))
         for tile, grad in zip(ctx.runs, grads, strict=True):
             at = 0
             for start, length in tile:
                 total.narrow(2, start, length).add_(grad.narrow(2, at, length))
                 at += length
-        return total, None
+        return total.to(grads[0].dtype), None
 
 
 def _attend(

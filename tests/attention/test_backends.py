@@ -407,29 +407,3 @@ def test_what_a_backend_makes_of_another_shape_is_refused(monkeypatch, wrong):
     q = torch.randn(1, 2, 8, 16)
     with pytest.raises(RuntimeError, match=r"^the backend mine made .* for q \[1, 2, 8, 16\]: Backend\.attend must"):
         sparse_attention(q, q, q, BlockPlan.dense(8, 8), backend="mine", return_lse=True)
-
-
-def test_a_plan_that_reads_nothing_has_gradients_of_zero():
-    q, k, v = (x.requires_grad_() for x in tokens())
-    plan = BlockPlan.from_block_mask(torch.zeros(2, 2, dtype=torch.bool), -(-N // 2), -(-N // 2), N, N)
-    for backend in ("reference", "gather", "masked"):
-        out = sparse_attention(q, k, v, plan, backend=backend)
-        grads = torch.autograd.grad(out.sum(), (q, k, v))
-        assert not out.any() and not any(grad.any() for grad in grads)
-
-
-@pytest.mark.parametrize("backend", ["auto", "gather", "masked"])
-def test_derivatives_of_forward_mode_are_taken_or_refused(backend):
-    """Operators of our own would leave them out without a word."""
-    q, k, v = tokens(torch.float64)
-    plan = PLANS["uniform"]()[0]
-    direction = torch.randn_like(q)
-
-    def of(backend):
-        return torch.func.jvp(lambda x: sparse_attention(x, k, v, plan, backend=backend), (q,), (direction,))[1]
-
-    h = 1e-5
-    ahead, behind = (sparse_attention(q + s * h * direction, k, v, plan, backend="reference") for s in (1, -1))
-    torch.testing.assert_close(of("reference"), (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-6)
-    with pytest.raises(RuntimeError, match="forward mode .* flow through the backend 'reference' alone"):
-        of(backend)
