@@ -117,6 +117,8 @@ def attend(
 
     How their values move with the query is added here where the backend does not.
     """
+    if wants_gradient(q, k, v):
+        plan = plan.for_gradients()
     merged = plan.skipped is not None and not backend.takes_stand_ins(q.device, precision)
     with_lse = return_lse or merged
     if precision == AS_INPUTS:
@@ -215,17 +217,22 @@ def check_inputs(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockP
         raise ValueError(
             f"the plan is for {plan.n_q} queries and {plan.n_kv} keys, but q has {q.shape[2]} and k has {k.shape[2]}."
         )
+    orders, heads = 1 if plan.kv_order is None else plan.kv_order.shape[1], k.shape[1]
+    if plan.tile_start.shape[1] == 1 and orders not in (1, q.shape[1]):
+        raise ValueError(
+            f"the plan orders keys for {orders} heads or groups of them, but its tiles are one for all of the "
+            f"{q.shape[1]} heads of q: give tiles and runs for each head, or one order for all or for each."
+        )
     for axis, size, lead in zip(("batch", "heads"), q.shape[:2], plan.lead, strict=True):
         if lead not in (1, size):
             raise ValueError(f"the plan's {axis} dimension is {lead}, but q has {size}; it must be that or 1.")
     if plan.skipped is not None:
-        batch, count, dim = *plan.skipped.key.shape[:2], plan.skipped.key.shape[-1]
+        (batch, count), dim = plan.skipped.lead, plan.skipped.key.shape[-1]
         if batch not in (1, q.shape[0]) or count not in (1, q.shape[1]) or dim != q.shape[-1]:
             raise ValueError(
                 f"the plan's stand-ins are for {batch} batch entries and {count} heads of {dim} channels, but q has "
                 f"{q.shape[0]}, {q.shape[1]} and {q.shape[-1]}: the first two must be those or 1."
             )
-    orders, heads = 1 if plan.kv_order is None else plan.kv_order.shape[1], k.shape[1]
     if orders % heads and heads % orders:
         raise ValueError(
             f"the plan orders keys for {orders} groups of heads, but k and v have {heads} heads: one number must be a "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,9 +10,15 @@ import torch
 
 from .gradients import normal_tensors
 from .groups import repeat_heads
+from .plan_checks import check_promises, check_shapes
 from .rows import token_rows
 from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments, starts_of
 from .skipped import SkippedClusters
+
+TILES, RUNS = ("tile_start", "tile_len"), ("run_start", "run_len")
+TENSORS = (*TILES, *RUNS, "q_order", "kv_order", "linear", "coarse")
+KEPT = ("_block_masks", "_walks", "_masks", "_copies")
+"""What backends make of a plan, and keep on it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,33 +87,12 @@ class BlockPlan:
     _block_masks: dict[tuple[int, int], Any] = field(default_factory=dict, init=False, repr=False)
     _walks: dict[tuple, Any] = field(default_factory=dict, init=False, repr=False)  # of `kernels.walk.kept_on`
     _masks: dict[torch.dtype, Any] = field(default_factory=dict, init=False, repr=False)  # of `shared_mask`
+    _copies: dict[str, Any] = field(default_factory=dict, init=False, repr=False)  # of `for_gradients`
+    _of_inference: bool = field(default=False, init=False, repr=False)  # whether a tensor was made in inference mode
 
     def __post_init__(self) -> None:
-        if self.n_q < 1 or self.n_kv < 1:
-            raise ValueError(f"BlockPlan needs at least one query and one key, got n_q={self.n_q}, n_kv={self.n_kv}.")
-        lead = self.tile_start.shape
-        if self.tile_start.ndim != 3 or self.tile_len.shape != lead:
-            raise ValueError(
-                f"BlockPlan tiles must both be [Bp, Hp, T], got {tuple(lead)} and {tuple(self.tile_len.shape)}."
-            )
-        if self.run_start.ndim != 4 or self.run_start.shape[:3] != lead or self.run_len.shape != self.run_start.shape:
-            raise ValueError(
-                f"BlockPlan runs must both be [Bp, Hp, T, R] with the tiles' {tuple(lead)} in front, got "
-                f"{tuple(self.run_start.shape)} and {tuple(self.run_len.shape)}."
-            )
-        for name in ("tile_start", "tile_len", "run_start", "run_len"):
-            if (dtype := getattr(self, name).dtype) != torch.int32:
-                raise ValueError(f"BlockPlan.{name} must be int32, got {dtype}: cast it with .int().")
-        for name, order, length in (("q_order", self.q_order, self.n_q), ("kv_order", self.kv_order, self.n_kv)):
-            if order is not None and (order.ndim != 3 or order.shape[-1] != length or order.dtype != torch.int64):
-                raise ValueError(
-                    f"BlockPlan.{name} must be int64 [1|B, 1|H, {length}], got {order.dtype} {tuple(order.shape)}."
-                )
-        if self.kv_order is not None and lead[1] > 1 and lead[1] % self.kv_order.shape[1]:
-            raise ValueError(
-                f"BlockPlan.kv_order is for {self.kv_order.shape[1]} heads or groups of them, which must divide the "
-                f"{lead[1]} heads of the tiles."
-            )
+        tiles, runs = ({name: getattr(self, name) for name in names} for names in (TILES, RUNS))
+        check_shapes(self.n_q, self.n_kv, tiles, runs, self.q_order, self.kv_order)
         if self.pv_threshold is not None and not self.pv_threshold > 0:
             raise ValueError(f"BlockPlan.pv_threshold is {self.pv_threshold}: it must be above 0, or None for none.")
         if self.skipped is not None:
@@ -118,6 +104,7 @@ class BlockPlan:
             self.skipped.check(tiles, clusters, self.device)
         if len({t.device for t in self._tensors()}) > 1:
             raise ValueError(f"BlockPlan tensors lie on several devices: {[str(t.device) for t in self._tensors()]}.")
+        self._look_for_inference()
 
     # -- construction ---------------------------------------------------------------------------------------------
 
@@ -208,15 +195,27 @@ class BlockPlan:
 
     def to(self, device: torch.device | str) -> BlockPlan:
         """The same plan on another device."""
-        names = ("tile_start", "tile_len", "run_start", "run_len", "q_order", "kv_order", "linear", "coarse")
-        moved = {name: getattr(self, name) for name in names}
-        selection = None if self.selection is None else (self.selection[0].to(device), self.selection[1].to(device))
-        tensors = {name: None if t is None else t.to(device) for name, t in moved.items()}
-        skipped = None if self.skipped is None else self.skipped.to(device)
-        choice = self.choice
-        if choice is not None:
-            choice = choice[0].to(device), tuple(plan.to(device) for plan in choice[1])
-        return replace(self, **tensors, selection=selection, skipped=skipped, choice=choice)
+        return self._with_each(lambda x: x.to(device), lambda plan: plan.to(device))
+
+    def for_gradients(self) -> BlockPlan:
+        """The plan for a call that has gradients: where it was made in inference mode, a copy, which is made once.
+
+        Autograd keeps no tensor of inference mode.
+        """
+        if not self._of_inference:
+            return self
+        made = self._copies.get("gradients") or self._with_each(torch.clone, lambda plan: plan.for_gradients())
+        if not torch.compiler.is_compiling():
+            self._copies["gradients"] = made
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and written to files: the plan, without what backends made of it, which they make again."""
+        return self.__dict__ | {name: {} for name in KEPT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._look_for_inference()
 
     # -- what it says ---------------------------------------------------------------------------------------------
 
@@ -359,27 +358,39 @@ class BlockPlan:
         """Check every promise of the class docstring (several host syncs) and return the plan.
 
         Raises:
-            ValueError: tiles that overlap or miss a query, runs that overlap or leave the sequence, an order that is no
-                permutation.
+            ValueError: tiles that overlap or miss a query, runs that overlap, do not ascend or leave the sequence, an
+                order that is no permutation.
         """
-        ends = self.tile_start + self.tile_len
-        covered = self.tile_start[..., 0].eq(0).all() and ends[..., -1].eq(self.n_q).all()
-        if not covered or (self.tile_len < 0).any() or not (self.tile_start[..., 1:] == ends[..., :-1]).all():
-            raise ValueError("the tiles of this BlockPlan do not cover each query exactly once.")
-        run_ends = self.run_start + self.run_len
-        if (self.run_len < 0).any() or (self.run_start < 0).any() or (run_ends > self.n_kv).any():
-            raise ValueError(f"a run of this BlockPlan leaves the {self.n_kv} keys.")
-        inside = expand_runs(self.run_start, self.run_len, self.n_kv).sum(-1)
-        if not inside.equal(self.run_len.sum(-1)):
-            raise ValueError("two runs of one tile of this BlockPlan overlap.")
-        for name, order, length in (("q_order", self.q_order, self.n_q), ("kv_order", self.kv_order, self.n_kv)):
-            if order is not None and not (order.sort(-1).values == torch.arange(length, device=self.device)).all():
-                raise ValueError(f"BlockPlan.{name} is not a permutation of {length} tokens.")
+        tiles, runs = (self.tile_start, self.tile_len), (self.run_start, self.run_len)
+        check_promises(self.n_q, self.n_kv, tiles, runs, self.q_order, self.kv_order)
         return self
 
     def _tensors(self) -> list[torch.Tensor]:
-        tensors = [self.tile_start, self.tile_len, self.run_start, self.run_len, self.q_order, self.kv_order]
+        tensors = [getattr(self, name) for name in (*TILES, *RUNS, "q_order", "kv_order")]
         return [t for t in tensors if t is not None]
+
+    def _with_each(
+        self, change: Callable[[torch.Tensor], torch.Tensor], follow: Callable[[BlockPlan], BlockPlan]
+    ) -> BlockPlan:
+        """What `change` makes of each of its tensors, and `follow` of the plans that it chooses from."""
+        changed: dict[str, Any] = {name: change(x) for name in TENSORS if (x := getattr(self, name)) is not None}
+        if self.selection is not None:
+            changed["selection"] = change(self.selection[0]), change(self.selection[1])
+        if self.skipped is not None:
+            changed["skipped"] = self.skipped.with_each(change)
+        if self.choice is not None:
+            changed["choice"] = change(self.choice[0]), tuple(follow(plan) for plan in self.choice[1])
+        return replace(self, **changed)
+
+    def _look_for_inference(self) -> None:
+        """Once, since `torch.compile` breaks its graph where a tensor is asked."""
+        if torch.compiler.is_compiling():
+            return
+        numbers, plans = self.choice or (None, ())
+        tables = () if self.skipped is None else self.skipped.tables
+        tensors = (*(getattr(self, name) for name in TENSORS), *(self.selection or ()), *tables, numbers)
+        found = any(x is not None and x.is_inference() for x in tensors) or any(plan._of_inference for plan in plans)
+        object.__setattr__(self, "_of_inference", found)
 
 
 def permute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:

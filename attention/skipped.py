@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +29,8 @@ class SkippedClusters:
     Args:
         key, value: `[B, H, C, D]`, or `[B, H, T, C, D]` for each of the plan's tiles; float32 or the dtype of the
             keys, in the order of the plan's `selection`.
-        bias: `[B, H, T, C]` float32; None is the log of the size, for the first kind alone.
+        bias: `[B, H, T, C]` float32, for as many batch entries and heads, or more where keys are for 1; None is the log
+            of the size, for the first kind alone.
         slope: `[B, H, S, D, D]`, of the first S tiles (others have none), a query's channels before those of the
             output; float32 or the dtype of the keys. None adds nothing.
         centre: `[B, H, S, D]`, the query at which nothing is added; None is 0.
@@ -44,13 +46,21 @@ class SkippedClusters:
     centre: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if (self.of_each_tile and self.bias is None) or self.key.shape != self.value.shape:
+        wrong = self.of_each_tile if self.bias is None else self.bias.ndim != 4
+        if wrong or self.key.ndim not in (4, 5) or self.key.shape != self.value.shape:
             bias = None if self.bias is None else list(self.bias.shape)
             raise ValueError(
                 f"SkippedClusters needs key and value [B, H, C, D], or [B, H, T, C, D] with a bias [B, H, T, C], got "
                 f"{list(self.key.shape)}, {list(self.value.shape)} and {bias}."
             )
         lead, dim = self.key.shape[:2], self.key.shape[-1]
+        leads = {"keys": lead} | ({} if self.bias is None else {"a bias": self.bias.shape[:2]})
+        if any(len(set(sizes) - {1}) > 1 for sizes in zip(*leads.values(), strict=True)):
+            told = " and ".join(f"{name} for {list(x)}" for name, x in leads.items())
+            raise ValueError(
+                f"SkippedClusters has {told} batch entries and heads: each number must be the same, or 1, which holds "
+                "for all."
+            )
         slope, centre = (None if x is None else tuple(x.shape) for x in (self.slope, self.centre))
         right = slope is None or (len(slope) == 5 and slope[:2] == lead and slope[3:] == (dim, dim))
         if not right or (centre is not None and (slope is None or centre != slope[:4])):
@@ -74,6 +84,17 @@ class SkippedClusters:
             raise ValueError(f"SkippedClusters lies on {self.key.device}, and the plan on {device}.")
 
     @property
+    def lead(self) -> tuple[int, int]:
+        """For how many batch entries and heads there are tables; 1 holds for all."""
+        lead = self.key.shape[:2]
+        return tuple(lead if self.bias is None else torch.broadcast_shapes(lead, self.bias.shape[:2]))
+
+    @property
+    def tables(self) -> tuple[torch.Tensor | None, ...]:
+        """All of them, in the order of the fields."""
+        return self.key, self.value, self.bias, self.slope, self.centre
+
+    @property
     def of_each_tile(self) -> bool:
         """Whether each tile has keys and values of its own."""
         return self.key.ndim == 5
@@ -93,5 +114,8 @@ class SkippedClusters:
 
     def to(self, device: torch.device | str) -> SkippedClusters:
         """The same on another device."""
-        tables = (self.key, self.value, self.bias, self.slope, self.centre)
-        return SkippedClusters(*(None if x is None else x.to(device) for x in tables))
+        return self.with_each(lambda x: x.to(device))
+
+    def with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SkippedClusters:
+        """The same with what `change` makes of each table."""
+        return SkippedClusters(*(None if x is None else change(x) for x in self.tables))

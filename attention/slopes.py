@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from .gradients import wants_gradient
 from .groups import group_product
 from .own_kernels import use_kernels
 from .plan import BlockPlan, permute
@@ -39,8 +38,6 @@ def follow(out: torch.Tensor, q: torch.Tensor, plan: BlockPlan) -> torch.Tensor:
     most = rows_at_once(q.shape[-1], q.element_size())
     rows = min(most, 2 ** (mean - 1).bit_length())  # or short tiles would be padded to several times their length
     tables: tuple[Any, ...] = (skipped.slope, skipped.centre, *plan.cut(rows), plan.q_order)
-    if wants_gradient(out, q):  # autograd keeps none that was made in inference mode
-        tables = tuple(x.clone() if x is not None and x.is_inference() else x for x in tables)
     with torch.autocast(q.device.type, enabled=False):
         return add_slopes(out, q, *tables, rows)
 

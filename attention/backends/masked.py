@@ -56,8 +56,9 @@ class MaskedBackend(Backend):
                 torch.cat([x.to(wide), y.to(wide).expand(*x.shape[:2], -1, -1)], 2)
                 for x, y in ((k, skipped.key), (v, skipped.value))
             )
-            lead = torch.broadcast_shapes(bias.shape[:2], skipped.key.shape[:2])
-            bias = torch.cat([x.to(wide).expand(*lead, -1, -1) for x in (bias, plan.stand_in_bias())], -1)
+            biases = bias, plan.stand_in_bias()
+            lead = torch.broadcast_shapes(*(x.shape[:2] for x in biases))
+            bias = torch.cat([x.to(wide).expand(*lead, -1, -1) for x in biases], -1)
         # SDPA has no log-sum-exp, and in half precision the stand-ins' bias would be off by per cents.
         written_out = return_lse or (skipped is not None and (not columns or q.dtype != wide))
         empty = bias.amax(-1, keepdim=True) == -torch.inf

@@ -286,3 +286,16 @@ def test_the_rows_of_a_group_lie_one_behind_the_other():
     x, y = torch.randn(B, H, 5, 7), torch.randn(B, 2, 7, 4)
     assert by_group(x, 2)[:, 1, 5:10].equal(x[:, 4]) and by_head(by_group(x, 2), H).equal(x)
     torch.testing.assert_close(group_product(x, y), x @ y.repeat_interleave(3, 1))
+
+
+def test_orders_of_groups_need_tiles_for_each_head():
+    """It was refused with another reason, that the plan was for as many heads as there are groups."""
+    plan = replace(uniform(1, 1, N, N, 16, 16)[0], kv_order=torch.rand(1, 2, N).argsort(-1))
+    q, k, v = tokens(2)
+    with pytest.raises(ValueError, match=r"keys for 2 heads or groups .* one for all of the 6 heads of q: give tiles"):
+        sparse_attention(q, k, v, plan)
+    tables = {name: getattr(plan, name) for name in ("tile_start", "tile_len", "run_start", "run_len")}
+    each = replace(plan, **{name: x.expand(1, H, *x.shape[2:]) for name, x in tables.items()}, selection=None)
+    expected = masked_attention(*repeated(q, k, v), each.to_dense_mask())[0].float()
+    for backend in ON_CPU:
+        torch.testing.assert_close(sparse_attention(q, k, v, each, backend=backend), expected, atol=1e-5, rtol=1e-5)

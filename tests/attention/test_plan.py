@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from plans import clusters, uniform
 
-from vidaccel import BlockPlan
+from vidaccel import BlockPlan, sparse_attention
 from vidaccel.attention.block_mask import to_block_mask
 
 SHAPES = [(1, 1, 64, 64), (2, 3, 75, 83), (1, 2, 7, 130)]
@@ -140,3 +143,70 @@ def test_validate_finds_broken_promises():
     both = torch.cat([plan.run_start] * 2, -1), torch.cat([plan.run_len] * 2, -1)
     with pytest.raises(ValueError, match="overlap"):
         BlockPlan(20, 20, plan.tile_start, plan.tile_len, *both).validate()
+
+
+def of_one_tile(runs: list[tuple[int, int]]) -> BlockPlan:
+    start, length = (torch.tensor([[[list(x)]]], dtype=torch.int32) for x in zip(*runs, strict=True))
+    tile = torch.zeros(1, 1, 1, dtype=torch.int32)
+    return BlockPlan(4, 8, tile, tile + 4, start, length)
+
+
+def test_runs_ascend_and_padding_may_stand_anywhere():
+    """`gather` cuts keys from the first run to the last: it ended in an error of torch."""
+    with pytest.raises(ValueError, match="do not ascend: sort them by their starts"):
+        of_one_tile([(5, 3), (0, 2)]).validate()
+    with pytest.raises(ValueError, match="overlap"):
+        of_one_tile([(0, 5), (7, 0), (4, 2)]).validate()
+    plan = of_one_tile([(7, 0), (0, 2), (1, 0), (2, 3), (0, 0), (7, 1)]).validate()
+    assert plan.to_dense_mask()[0, 0, 0].int().tolist() == [1, 1, 1, 1, 1, 0, 0, 1]
+    q, k, v = torch.randn(1, 2, 4, 16), *torch.randn(2, 1, 2, 8, 16)
+    outs = [sparse_attention(q, k, v, plan, backend=name) for name in ("reference", "gather", "masked")]
+    assert all(torch.allclose(out, outs[0], atol=1e-5) for out in outs)
+
+
+def test_a_plan_has_a_tile_and_a_run_at_least():
+    """Kernels read the first of each."""
+    tile = torch.zeros(1, 1, 1, dtype=torch.int32)
+    none = tile[..., None][..., :0]
+    with pytest.raises(ValueError, match=r"of at least 1 each, got \(1, 1, 1, 0\): a tile that reads nothing has one"):
+        BlockPlan(4, 8, tile, tile + 4, none, none)
+    none = tile[..., :0]
+    with pytest.raises(ValueError, match=r"of at least 1 each, got \(1, 1, 0, 1\)"):
+        BlockPlan(4, 8, none, none, none[..., None], none[..., None])
+
+
+@pytest.mark.parametrize(
+    ("name", "lead", "message"),
+    [
+        ("q_order", (3, 1), r"number of batch entries, or 1 .* got the tiles for 2, q_order for 3"),
+        ("kv_order", (3, 1), r"number of batch entries, or 1 .* got the tiles for 2, kv_order for 3"),
+        ("q_order", (1, 3), r"number of heads, or 1 .* got the tiles for 4, q_order for 3"),
+        ("kv_order", (1, 3), r"kv_order is for 3 heads or groups of them, which must divide the 4 heads"),
+    ],
+)
+def test_orders_of_other_heads_or_batch_entries_than_the_tiles_are_refused(name, lead, message):
+    tile = torch.zeros(2, 4, 1, dtype=torch.int32)
+    order = torch.arange(8).expand(*lead, 8)
+    with pytest.raises(ValueError, match=message):
+        BlockPlan(8, 8, tile, tile + 8, tile[..., None], tile[..., None] + 8, **{name: order})
+    BlockPlan(8, 8, tile, tile + 8, tile[..., None], tile[..., None] + 8, **{name: order[:1, :1]}).validate()
+
+
+def saved(plan: BlockPlan) -> bytes:
+    file = io.BytesIO()
+    torch.save(plan, file)
+    return file.getvalue()
+
+
+def test_a_plan_is_written_and_copied_without_what_backends_keep_on_it():
+    """With it, it became hundreds of times as large, or could not be written at all."""
+    plan, mask = uniform(1, 1, 256, 256, 16, 16, share=0.3)
+    before, q = len(saved(plan)), torch.randn(1, 1, 256, 16)
+    out = sparse_attention(q, q, q, plan, backend="masked")
+    to_block_mask(plan, 128)
+    assert plan._masks and plan._block_masks and len(saved(plan)) == before
+    read = torch.load(io.BytesIO(saved(plan)), weights_only=False)
+    for other in (read, copy.copy(plan), copy.deepcopy(plan)):
+        assert other.validate().to_dense_mask().equal(mask) and not other._masks and not other._block_masks
+        assert sparse_attention(q, q, q, other, backend="masked").equal(out)
+    assert plan._masks  # those of the plan itself stay

@@ -249,6 +249,31 @@ def test_tables_for_fewer_or_more_than_the_plan_is_for(lead, tables, own):
         torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6, msg=lambda m, b=backend: f"{b}: {m}")
 
 
+@pytest.mark.parametrize("lead", [(2, 3), (1, 3), (2, 1)])
+def test_a_bias_for_more_heads_or_batch_entries_than_the_keys(lead):
+    plan = one_plan_with_tables((1, 1), (1, 1), False)
+    plan = replace(plan, skipped=replace(plan.skipped, bias=torch.randn(*lead, 4, 4)))
+    same = replace(
+        plan.skipped, key=plan.skipped.key.expand(*lead, -1, -1), value=plan.skipped.value.expand(*lead, -1, -1)
+    )
+    inputs = torch.randn(3, 2, 3, 70, 16).unbind(0)
+    expected = sparse_attention(*inputs, replace(plan, skipped=same), backend="reference")
+    for backend in ("gather", "masked", "reference"):
+        torch.testing.assert_close(sparse_attention(*inputs, plan, backend=backend), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_bias_that_fits_neither_keys_nor_queries_is_refused():
+    plan = one_plan_with_tables((1, 1), (1, 3), False)
+    with pytest.raises(ValueError, match=r"keys for \[1, 3\] and a bias for \[2, 2\] batch entries and heads"):
+        replace(plan.skipped, bias=torch.randn(2, 2, 4, 4))
+    with pytest.raises(ValueError, match=r"got \[1, 3, 4, 16\], \[1, 3, 4, 16\] and \[4\]"):
+        replace(plan.skipped, bias=torch.randn(4))
+    of_five = replace(plan, skipped=replace(plan.skipped, bias=torch.randn(5, 1, 4, 4)))
+    q = torch.randn(2, 3, 70, 16)
+    with pytest.raises(ValueError, match="for 5 batch entries and 3 heads of 16 channels, but q has 2, 3 and 16"):
+        sparse_attention(q, q, q, of_five)
+
+
 @pytest.mark.parametrize("backend", ["gather", "masked", "reference"])
 def test_gradients_of_queries_that_skip_nothing(backend):
     """Text reads everything, so it has no stand-in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -202,3 +203,13 @@ def test_a_plan_used_in_inference_mode_serves_a_training_step(device):
     q.requires_grad_()
     sparse_attention(q, k, v, plan, backend="triton").sum().backward()
     assert q.grad.isfinite().all()
+
+
+def test_a_choice_of_plans_made_in_inference_mode_serves_training(device):
+    """The copies of those that heads choose from are made once, whatever calls choose among them."""
+    with torch.inference_mode():
+        plans = tuple(BlockPlan.from_block_mask(torch.rand(2, 2) < 0.5, 32, 32, 64, 64).to(device) for _ in range(2))
+    numbers = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    calls = [replace(BlockPlan.dense(64, 64, device), choice=(numbers, plans)).for_gradients() for _ in range(2)]
+    assert calls[0].choice[1][0] is calls[1].choice[1][0] is not plans[0]
+    assert not calls[0].choice[1][1].run_start.is_inference()
