@@ -27,6 +27,7 @@ from .columns import part_width, store_parts, zero_parts
 from .descriptors import describe
 from .forward_steps import (
     FP8_LIFT,
+    NO_MAXIMUM,
     UNREAD_MAXIMUM,
     attend_described_tile,
     attend_int8_block,
@@ -121,7 +122,7 @@ def _forward_kernel(
     if GATHER_KV:
         kv_order_ptr += b * kv_order_sb + h * kv_order_sh
 
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], NO_MAXIMUM, tl.float32)
     if bound is not None:
         m = tl.where(inside_m, m, UNREAD_MAXIMUM)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -24,16 +24,23 @@ from .walk import load_rows
 FP8_LIFT = tl.constexpr(8.0)
 FP8_ADDED = tl.constexpr(32)
 UNREAD_MAXIMUM = tl.constexpr(1e30)  # of rows that no query is in, so that none of them needs a tile
+# A row's maximum before its first tile: finite, so that a tile whose scores are all -inf has weights of 0, not of NaN.
+NO_MAXIMUM = tl.constexpr(-3.4028234663852886e38)
 
 
 @triton.jit
 def _needed(m, highest, bound):
-    """Whether a row has a score, the highest being given, that is not further below its running maximum than that."""
+    """Whether a row has a score, the highest being given, that is not further below its running maximum than that.
+
+    A row of NaN needs its tiles, so that NaN comes out. Where some keys do not count, its highest score is -inf.
+    """
     if bound is None:
         needed = True
     else:
+        below = m - highest
+        below = tl.where(below < float("inf"), below, 0.0)
         # Over a row of a matrix: of a vector, Triton 3.7 fails to compile it for compute capability 10.
-        needed = tl.max(tl.max((highest - tl.maximum(m, highest))[None, :], 1), 0) >= -bound
+        needed = tl.min(tl.min(below[None, :], 1), 0) <= bound
     return needed
 
 
@@ -88,7 +95,7 @@ def attend_tile(state, inputs, first, keys, rows, inside, D: tl.constexpr, D_PAD
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * factor
     if MASKED:
         scores = tl.where(inside[None, :], scores, float("-inf"))
-    # A tile has at least one key, so the new maximum is finite and the differences are never inf - inf.
+    # Also where all scores are -inf the new maximum is finite, so that the differences are never inf - inf.
     highest = tl.max(scores, 1)
     if _needed(state[0], highest, bound):
         if bound is not None:

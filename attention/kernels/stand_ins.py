@@ -93,10 +93,9 @@ def _attend_some(state, tables, first, D: tl.constexpr, D_PAD: tl.constexpr, STE
     _, scores = _scores(q, factor, key_ptr, bias_ptr, rows, inside, D, D_PAD)
     scores -= shift
     new_m = tl.maximum(m, tl.max(scores, 1))
-    # A tile without keys of its own may meet clusters that do not count before the first that does.
-    safe = tl.where(new_m == float("-inf"), 0.0, new_m)
-    p = tl.exp2(scores - safe[:, None])
-    shrink = tl.exp2(m - safe)
+    # A tile without keys of its own may meet clusters that do not count before the first that does: m is finite then.
+    p = tl.exp2(scores - new_m[:, None])
+    shrink = tl.exp2(m - new_m)
     value = load_parts(acc, value_ptr, rows, D, inside, D, D_PAD, True)
     return new_m, total * shrink + tl.sum(p, 1), add_products(acc, shrink, p, value, D_PAD, None)
 

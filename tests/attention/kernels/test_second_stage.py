@@ -13,7 +13,7 @@ from plans import KINDS, masked_attention
 pytest.importorskip("triton")
 
 import vidaccel
-from vidaccel import DenseSchedule, Sparge, VideoLayout, sparse_attention
+from vidaccel import BlockPlan, DenseSchedule, Sparge, VideoLayout, sparse_attention
 from vidaccel.attention import BACKENDS, PlanMemory, SparseAttention, StepInfo
 from vidaccel.attention.kernels.block_sparse_forward import forward_tiles, launch_forward, results
 from vidaccel.attention.kernels.block_sparse_int8 import int8_tiles
@@ -118,6 +118,37 @@ def test_a_bound_that_nothing_reaches_changes_no_bit(device):
     plan, q, k, v = falling(device, "ragged")
     expected = sparse_attention(q, k, v, plan, backend="triton")
     assert sparse_attention(q, k, v, replace(plan, pv_threshold=1e9), backend="triton").equal(expected)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("keys", [70, 150])
+@pytest.mark.parametrize("which", ["queries", "keys", "a tile of keys"])
+def test_what_is_not_a_number_comes_out(device, which, keys, dim):
+    """All tiles of it were left out, which made zeros, also in the rows of a piece that hold no query."""
+    q, k, v = (torch.randn(1, 2, n, dim, device=device) for n in (70, keys, keys))
+    if which == "queries":
+        q[:] = torch.nan
+    else:
+        k[:, :, : 64 if which == "a tile of keys" else keys] = torch.nan
+    plan = replace(BlockPlan.dense(70, keys, device), is_dense=False, pv_threshold=BOUND)
+    out, lse = sparse_attention(q, k, v, plan, return_lse=True)
+    assert out.isnan().all() and lse.isnan().all()
+
+
+def test_tiles_below_all_numbers_weigh_nothing(device):
+    """Scores of -inf, as an overflow in float16 makes them, also in the first tiles that a query reads."""
+    q, v = torch.rand(1, 2, 70, 64, device=device) + 0.1, torch.randn(1, 2, 150, 64, device=device)
+    k = torch.rand_like(v)
+    k[:, :, :100] = -torch.inf
+    plan = replace(BlockPlan.dense(70, 150, device), is_dense=False)
+    expected, sums = sparse_attention(q, k, v, plan, backend="reference", return_lse=True)
+    for bound in (None, BOUND):
+        out, lse = sparse_attention(q, k, v, replace(plan, pv_threshold=bound), backend="triton", return_lse=True)
+        torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lse, sums, atol=1e-5, rtol=1e-5)
+    k[:] = -torch.inf
+    out, lse = sparse_attention(q, k, v, plan, backend="triton", return_lse=True)
+    assert not out.any() and (lse == -torch.inf).all()
 
 
 @pytest.mark.parametrize("backend", [name for name, b in BACKENDS.items() if not b.capability.second_stage])
