@@ -9,7 +9,7 @@ import torch
 from .backends import Backend, Request, pick, pick_special
 from .backends.base import AS_INPUTS, SMALL_TILE, Precision
 from .compensate import attend_skipped
-from .gradients import has_tangent, wants_gradient
+from .gradients import transform_of, wants_gradient
 from .merge import merge
 from .plan import BlockPlan
 from .slopes import follow
@@ -94,7 +94,7 @@ def sparse_attention(
 
     Raises:
         ValueError: shapes, dtypes or devices of q, k, v and the plan disagree, or the backend, qk or pv is unknown.
-        RuntimeError: the backend cannot run this call.
+        RuntimeError: the backend cannot run this call, as all but "reference" under transforms of `torch.func`.
     """
     check_inputs(q, k, v, plan)
     precision = Precision(qk, pv)
@@ -153,12 +153,12 @@ def choose_backend(
 
     Where the precision is not that of the inputs, "auto" chooses among the backends that have it.
     """
-    if has_tangent(q, k, v) and (
-        backend != "reference" or (plan.skipped is not None and plan.skipped.slope is not None)
-    ):
+    slopes = plan.skipped is not None and plan.skipped.slope is not None
+    if (backend != "reference" or slopes) and (transform := transform_of(q, k, v)) is not None:
         raise RuntimeError(
-            "derivatives of forward mode (torch.func.jvp) flow through the backend 'reference' alone, and through no "
-            "plan whose stand-ins have slopes (Tangent): name that backend, or take them in backward mode."
+            f"{transform} through the backend 'reference' alone, and through no plan whose stand-ins have slopes "
+            "(Tangent): name that backend, or take derivatives in backward mode with torch.autograd, and the batch "
+            "dimension in place of vmap."
         )
     grad = wants_gradient(q, k, v)
     shape = (q.device, q.dtype, q.shape[-1], q.shape[2])

@@ -22,8 +22,19 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
-def has_tangent(*tensors: torch.Tensor) -> bool:
-    """Whether one of these carries a derivative of forward mode (`torch.func.jvp`)."""
+def transform_of(*tensors: torch.Tensor) -> str | None:
+    """What is done to one of these beside the backward pass that autograd takes, as the beginning of a sentence.
+
+    Operators of our own would leave out derivatives of forward mode (`torch.func.jvp`) without a word, and what else
+    `torch.func` does ends in errors within them, or within torch's.
+    """
     if torch.compiler.is_compiling():
-        return False
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+        return None
+    functorch = torch._C._functorch  # torch has no public function that tells
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        return "derivatives of forward mode (torch.func.jvp) flow"
+    if any(functorch.is_batchedtensor(x) for x in tensors):
+        return "torch.func.vmap goes"
+    if any(functorch.is_gradtrackingtensor(x) for x in tensors):
+        return "derivatives of torch.func (grad, vjp, jacrev) flow"
+    return None

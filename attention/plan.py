@@ -91,8 +91,8 @@ class BlockPlan:
     _of_inference: bool = field(default=False, init=False, repr=False)  # whether a tensor was made in inference mode
 
     def __post_init__(self) -> None:
-        tiles, runs = ({name: getattr(self, name) for name in names} for names in (TILES, RUNS))
-        check_shapes(self.n_q, self.n_kv, tiles, runs, self.q_order, self.kv_order)
+        of_tiles, of_runs = ({name: getattr(self, name) for name in names} for names in (TILES, RUNS))
+        check_shapes(self.n_q, self.n_kv, of_tiles, of_runs, self.q_order, self.kv_order)
         if self.pv_threshold is not None and not self.pv_threshold > 0:
             raise ValueError(f"BlockPlan.pv_threshold is {self.pv_threshold}: it must be above 0, or None for none.")
         if self.skipped is not None:

@@ -58,3 +58,28 @@ def test_derivatives_of_forward_mode_are_taken_or_refused(backend):
     torch.testing.assert_close(of("reference"), (ahead - behind) / (2 * h), rtol=1e-4, atol=1e-6)
     with pytest.raises(RuntimeError, match="forward mode .* flow through the backend 'reference' alone"):
         of(backend)
+
+
+TRANSFORMS = {
+    "grad": lambda of, q: torch.func.grad(lambda x: of(x).sum())(q),
+    "vmap": lambda of, q: torch.func.vmap(of)(q.unsqueeze(0).expand(2, -1, -1, -1, -1))[1],
+    "jacrev": lambda of, q: torch.func.jacrev(lambda x: of(x)[0, 0, 0])(q),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "gather", "masked"])
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_transforms_are_made_or_refused(kind, backend):
+    """They ended in errors within torch, with some backends."""
+    q, k, v = tokens()
+    plan = uniform(1, 2, N, N, 32, 32)[0]
+
+    def of(backend):
+        return TRANSFORMS[kind](lambda x: sparse_attention(x, k, v, plan, backend=backend), q)
+
+    def written_out(x):
+        return torch.nn.functional.scaled_dot_product_attention(x, k, v, attn_mask=plan.to_dense_mask()).nan_to_num()
+
+    torch.testing.assert_close(of("reference"), TRANSFORMS[kind](written_out, q), atol=1e-5, rtol=1e-5)
+    with pytest.raises(RuntimeError, match=r"torch\.func.* through the backend 'reference' alone, and through no plan"):
+        of(backend)
