@@ -12,7 +12,7 @@ from fast_set import fast
 from planned_calls import LAYOUT, METHODS, tokens
 
 from vidaccel import Radial
-from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs, slopes
+from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs, slopes, spread
 from vidaccel.attention import plan as plans
 from vidaccel.attention.backends.triton import TritonBackend
 from vidaccel.attention.functional import attend
@@ -36,7 +36,7 @@ def test_launches_of_a_steady_call(device, monkeypatch, name, alone):
         pytest.skip("counted in the interpreter")
     from launches import Launches
 
-    for module in (clusters, kmeans, probe, runs, slopes, svg):
+    for module in (clusters, kmeans, probe, runs, slopes, spread, svg):
         monkeypatch.setattr(module, "use_kernels", lambda x: True)
     # On a GPU sizes are not checked, since that would wait for it.
     monkeypatch.setattr(plans, "_sequence_length", lambda name, given, order, sizes: given or order.shape[-1])

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from planned_calls import LAYOUT, METHODS, tokens
 
 from vidaccel import sparse_attention
-from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs
+from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs, spread
 from vidaccel.attention.methods import svg
 
 
@@ -19,7 +19,7 @@ def test_plans_are_those_of_torch(device, monkeypatch, name):
     method = METHODS[name]
     made = {}
     for with_kernels in (False, True):
-        for module in (clusters, kmeans, probe, runs, svg):
+        for module in (clusters, kmeans, probe, runs, spread, svg):
             monkeypatch.setattr(module, "use_kernels", lambda x, use=with_kernels: use)
         memory = PlanMemory()
         made[with_kernels] = []
