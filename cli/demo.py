@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +9,7 @@ import typer
 
 from .errors import one_line_errors
 from .options import Threads, use_threads
-from .terminal import console
+from .terminal import command_line, console, page_line, then_printed
 
 if TYPE_CHECKING:
     from ..generation.showcase import Showcase
@@ -58,9 +56,8 @@ def demo_command(
             long_step=long_step,
             on_method=lambda name: typer.echo(f"a step of a long video: {name}", err=True),
         )
-        _print(made)  # first: whatever is wrong with the page takes nothing of what was measured with it
-        write_showcase(made, out, shlex.join(["vidaccel", *sys.argv[1:]]))
-        typer.echo(f"page: {out} (open it in a browser); numbers: {out.with_suffix('.json')}")
+        with then_printed(lambda: _print(made), page_line("page", out)):
+            write_showcase(made, out, command_line())
 
 
 def _print(made: Showcase) -> None:

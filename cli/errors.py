@@ -10,6 +10,7 @@ from typing import Any
 from ..generation.errors import BadInput
 from ..generation.packages import check_command_line
 from ..pipelines.whole_files import NotWritten
+from .terminal import not_printed
 
 _NAMES = {
     "prompt": "PROMPT",
@@ -91,7 +92,8 @@ def one_line_errors(
         typer.echo(interrupted(), err=True)
         number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
         raise typer.Exit(128 + number) from None
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
+    except (ValueError, RuntimeError, OSError, MemoryError) as raised:
+        error = not_printed(raised) if isinstance(raised, BrokenPipeError) else raised
         message = error.worded(name) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
         if isinstance(error, NotWritten):
             message += " Files that were written before it are whole."

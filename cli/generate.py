@@ -233,7 +233,7 @@ def generate_command(
         from ..generation.report import write_report
         from ..generation.request import Settings
         from ..generation.sparse import Sparse
-        from .terminal import command_line, print_summary
+        from .terminal import command_line, page_line, print_summary, printing, then_printed
 
         settings = Settings(
             prompt,
@@ -312,9 +312,9 @@ def generate_command(
         if not process.first:
             return
         if not compare:
-            print_summary(videos, files, said=said)
+            with printing(f"The video: {out}"):
+                print_summary(videos, files, said=said)
             return
         made = compared(job, videos, tuple(files.values()), command_line(), option)
-        print_summary(videos, files, made, said)  # first: whatever is wrong with the page takes nothing of it
-        write_report(made, page)
-        typer.echo(f"comparison: {page} (open it in a browser); numbers: {page.with_suffix('.json')}")
+        with then_printed(lambda: print_summary(videos, files, made, said), page_line("comparison", page)):
+            write_report(made, page)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +10,7 @@ import typer
 from ..generation.errors import BadInput
 from .errors import one_line_errors
 from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
-from .terminal import can_show, console
+from .terminal import can_show, command_line, console, page_line, then_printed
 
 if TYPE_CHECKING:
     from ..generation.waterfall import Waterfall
@@ -115,9 +113,8 @@ def waterfall_command(
             offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
         )
-        _print_table(made)  # first: whatever is wrong with the page takes nothing of what was measured with it
-        write_waterfall(made, out, shlex.join(["vidaccel", *sys.argv[1:]]))
-        typer.echo(f"page: {out} (open it in a browser); numbers: {out.with_suffix('.json')}")
+        with then_printed(lambda: _print_table(made), page_line("page", out)):
+            write_waterfall(made, out, command_line())
 
 
 def lines_of(file: Path | None) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,14 +42,68 @@ def can_show(text: str) -> bool:
     return True
 
 
+class NotPrinted(OSError):
+    """Standard output takes no more: a pipe whose reader has ended, or a disk that is full."""
+
+
+def not_printed(reason: OSError, where: str = "") -> NotPrinted:
+    """What to raise where printing failed: it says where else things are. Standard output takes and drops all from now
+    on, since what is left in its buffer would fail again, with a traceback, when Python ends.
+    """
+    with contextlib.suppress(OSError, ValueError):  # that of a test has no descriptor
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return NotPrinted(f"standard output takes no more ({reason.strerror}). {where}".rstrip())
+
+
+@contextlib.contextmanager
+def printing(where: str = "") -> Iterator[None]:
+    """A block that prints; an error of the system in it is `NotPrinted`, and says where else things are."""
+    try:
+        yield
+    except OSError as error:
+        raise not_printed(error, where) from error
+
+
+@contextlib.contextmanager
+def then_printed(tell: Callable[[], None], where: str) -> Iterator[None]:
+    """A block that writes what was measured, which is printed after it.
+
+    Neither takes anything of the other: what cannot be written is printed, too, and is written before anything is
+    printed that a closed pipe would end.
+
+    Args:
+        tell: prints it.
+        where: the files that the block writes; the last line.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(NotPrinted), printing():  # it is the error of the block that is to be told
+            tell()
+        raise
+    with printing(where):
+        tell()
+        typer.echo(where)
+
+
 def console() -> Console:
     """Of standard output, for tables: names of files and methods are shown as they are, brackets and colons among them.
 
-    Of rich's own, "[v2]" is markup, which is left out or ends the command, and ":x:" an emoji.
+    Of rich's own, "[v2]" is markup, which is left out or ends the command, ":x:" an emoji, and a closed pipe the end,
+    without a word.
     """
     from rich.console import Console
 
-    return Console(markup=False, emoji=False)
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # it is called where the error was caught
+
+    return Plain(markup=False, emoji=False)
+
+
+def page_line(what: str, page: Path) -> str:
+    """Where a page is, and its numbers."""
+    return f"{what}: {page} (open it in a browser); numbers: {page.with_suffix('.json')}"
 
 
 def command_line() -> str:

@@ -9,7 +9,7 @@ import typer
 
 from .errors import one_line_errors
 from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
-from .terminal import command_line, console
+from .terminal import command_line, console, page_line, printing
 
 if TYPE_CHECKING:
     from ..generation.tuning.result import Tuned
@@ -112,11 +112,13 @@ def tune_command(
             offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
         )
-        _print_table(made)
-        typer.echo(f"page: {out / PAGE} (open it in a browser); numbers: {(out / PAGE).with_suffix('.json')}")
-        if made.outcome == FOUND:
-            typer.echo(f"preset: {out / PRESET} ({made.command})")
-        typer.echo(made.in_words())
+        where = page_line("page", out / PAGE)
+        with printing(where):  # all is written already
+            _print_table(made)
+            typer.echo(where)
+            if made.outcome == FOUND:
+                typer.echo(f"preset: {out / PRESET} ({made.command})")
+            typer.echo(made.in_words())
         if made.outcome == NOTHING:
             raise typer.Exit(1)
 
