@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import IO
 
 from ..pipelines.whole_files import is_stream
 from .errors import BadInput, mention
@@ -48,11 +49,17 @@ def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[
         try:
             # Where, and with a name as long as, `whole_files.staged` writes.
             real = Path(os.path.realpath(file))
-            with tempfile.NamedTemporaryFile(dir=real.parent, prefix=f".{real.name}.", suffix=".part"):
-                pass
+            with tempfile.NamedTemporaryFile(dir=real.parent, prefix=f".{real.name}.", suffix=".part") as tried:
+                _fill(tried)
         except OSError as error:
             problem = f"{what} cannot be written (the system says: {error.strerror})"
             raise BadInput(field, problem, other, value=given) from error
+
+
+def _fill(file: IO[bytes]) -> None:
+    """Write a little into a file: a disk that is full makes files, and takes nothing into them."""
+    file.write(os.urandom(2**16))  # not zeros, which some file systems do not store
+    file.flush()
 
 
 def _check_stream(field: str, file: Path, what: str, given: Path) -> None:
@@ -85,8 +92,8 @@ def check_writable(field: str, path: Path, *, value: object = None) -> None:
         folder = folder.parent
     try:
         # Asking the system for its permission bits misses read-only file systems; a file says it for certain.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as tried:
+            _fill(tried)
     except OSError as error:
         problem = f"the folder {folder} is not writable (the system says: {error.strerror})"
         raise BadInput(field, problem, "Give another folder.", value=value) from error

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import functools
 import math
+import os
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pipelines.whole_files import staged, writing
+from ..pipelines.whole_files import NotWritten, staged, writing
 from .sound import Sound
 from .wrapping import wrapped
 
@@ -50,7 +52,7 @@ def write_mp4(
     Raises:
         ValueError: frames of another shape or dtype, or `fps` not above 0.
         EncodingError: the encoder failed; nothing is left behind.
-        NotWritten: the sound cannot be written to the folder of temporary files.
+        NotWritten: the disk is full; or the sound cannot be written to the folder of temporary files.
     """
     frames = _checked(frames)
     _, height, width, _ = frames.shape
@@ -83,8 +85,11 @@ def write_mp4(
         # A session of its own: Ctrl-C in a terminal must reach this process, which then ends the encoder, not both.
         done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, start_new_session=True)
         if done.returncode:
-            # The first says what was wrong, the others what followed from it.
-            lines = done.stderr.decode(errors="replace").strip().splitlines()
+            said = done.stderr.decode(errors="replace").strip()
+            for number in (errno.ENOSPC, errno.EDQUOT):
+                if os.strerror(number) in said:
+                    raise NotWritten(Path(path), OSError(number, os.strerror(number)))
+            lines = said.splitlines()  # the first says what was wrong, the others what followed from it
             raise EncodingError(f"ffmpeg could not write {path}: {lines[0] if lines else f'exit {done.returncode}'}")
     return Path(path)
 
@@ -106,10 +111,13 @@ def check_encoder() -> None:
 
     Raises:
         EncodingError: it cannot be started, or cannot write H.264.
+        NotWritten: the disk of temporary files is full.
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
             write_mp4(np.zeros((1, 16, 16, 3), np.uint8), Path(folder) / "frame.mp4")
+        except NotWritten:  # no fault of the encoder
+            raise
         except (EncodingError, OSError, RuntimeError) as error:
             raise EncodingError(
                 f"videos cannot be written here: {error}. Unset IMAGEIO_FFMPEG_EXE, or let it name an ffmpeg that has "

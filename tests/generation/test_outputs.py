@@ -95,6 +95,25 @@ def test_names_that_are_too_long_with_what_is_added(loads_nothing, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def no_room():
+    """Files can be made, and take nothing, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_known_before_the_steps(no_room, tmp_path):
+    out, full = tmp_path / "clip.mp4", r"\(the system says: File too large\)"
+    with pytest.raises(BadInput, match=rf"^out is .*clip\.mp4: the folder .* is not writable {full}"):
+        check_file("out", out, ".mp4")
+    with pytest.raises(BadInput, match=rf"^out is .*clip\.mp4: it cannot be written {full}"):
+        check_files("out", out, [out], {})
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_files_that_are_there_are_replaced(tmp_path):
     (tmp_path / "clip.mp4").write_bytes(b"old")
     check_files("out", tmp_path / "clip.mp4", [tmp_path / "clip.mp4"], {})

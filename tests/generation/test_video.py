@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -13,6 +15,7 @@ from vidaccel.generation.api import check_outputs
 from vidaccel.generation.media import Undecodable
 from vidaccel.generation.video import EncodingError, contact_sheet, write_mp4
 from vidaccel.generation.video_reader import read_video
+from vidaccel.pipelines.whole_files import NotWritten
 
 
 def test_round_trip(clip, tmp_path):
@@ -83,6 +86,15 @@ def test_a_failing_encoder_leaves_nothing(clip, tmp_path, monkeypatch):
     with pytest.raises(EncodingError):
         write_mp4(clip, folder / "clip.mp4")
     assert [f.read_bytes() for f in folder.iterdir()] == [b"old"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_no_fault_of_the_encoder(clip, tmp_path):
+    (tmp_path / "clip.mp4").symlink_to("/dev/full")
+    with pytest.raises(NotWritten) as refused:
+        write_mp4(clip, tmp_path / "clip.mp4")
+    said = r".*clip\.mp4 could not be written: \[Errno 28\] No space left on device\. \d+ MiB are free there\."
+    assert re.fullmatch(said, str(refused.value)), refused.value
 
 
 def test_a_name_that_looks_like_a_protocol(clip, tmp_path, monkeypatch):
