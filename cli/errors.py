@@ -47,8 +47,33 @@ def _out_of_memory(error: Exception) -> str:
     return ""
 
 
+_ENDINGS = ("SIGTERM", "SIGHUP")
+"""Signals that end a process at once, unless it takes them. SIGHUP is sent where a terminal is closed."""
+
+
 class _Terminated(SystemExit):
-    """SIGTERM came."""
+    """One of `_ENDINGS` came; the code is that of the process."""
+
+
+@contextlib.contextmanager
+def _endings() -> Iterator[None]:
+    """Raise `_Terminated` on such a signal: at once means without a word, with the encoder still at work, and with the
+    temporary file of a half-written video left. One that is ignored stays so, as nohup has it.
+    """
+
+    def terminate(number: int, _: Any) -> None:
+        raise _Terminated(128 + number)
+
+    here = [getattr(signal, name) for name in _ENDINGS if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in here}
+    taken = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for number in taken:
+        signal.signal(number, terminate)
+    try:
+        yield
+    finally:
+        for number, handler in taken.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -59,13 +84,13 @@ def one_line_errors(
     with_models: bool = True,
 ) -> Iterator[None]:
     """What a user can act on becomes one line: exit 2 for bad input, 1 for a failed run or write, 130 for Ctrl-C,
-    143 for SIGTERM.
+    143 for SIGTERM, 129 for SIGHUP.
 
     That is every error of a class of this package, of the system, and where memory ran out. Others are faults of the
     program and pass.
 
     Args:
-        interrupted: what to say after Ctrl-C or SIGTERM.
+        interrupted: what to say after Ctrl-C or such a signal.
         arguments: fields of the request that are arguments of the command, where others have an option.
         by_blocks: the option for `offload` that was given is that by blocks.
         with_models: the command reads models, so all packages of the command line are asked for first.
@@ -78,20 +103,15 @@ def one_line_errors(
 
     import typer
 
-    def terminate(*_: Any) -> None:
-        raise _Terminated(128 + signal.SIGTERM)
-
-    # Without this, SIGTERM ends the process at once, without a word, and leaves the temporary file of a half-written
-    # video.
-    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        if with_models:
-            check_command_line()
-        yield
+        with _endings():
+            if with_models:
+                check_command_line()
+            yield
     except (KeyboardInterrupt, _Terminated) as stop:
-        typer.echo(interrupted(), err=True)
-        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
-        raise typer.Exit(128 + number) from None
+        with contextlib.suppress(OSError):  # of a terminal that is closed
+            typer.echo(interrupted(), err=True)
+        raise typer.Exit(int(stop.code) if isinstance(stop, _Terminated) else 128 + signal.SIGINT) from None
     except (ValueError, RuntimeError, OSError, MemoryError) as raised:
         error = not_printed(raised) if isinstance(raised, BrokenPipeError) else raised
         message = error.worded(name) + _HINTS.get(error.field, "") if isinstance(error, BadInput) else str(error)
@@ -103,5 +123,3 @@ def one_line_errors(
             raise
         typer.echo(f"Error: {message}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
