@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .comparison import Comparison, GeneratedVideo
 from .crew import Crew, joined
+from .described import call_text, described
 from .errors import BadInput, mention, worded
 from .forecast import decoding_note
 from .guidance import guided_by, placed
@@ -161,6 +162,7 @@ def generate(
         BadInput: a request that cannot be met.
         GenerationError: the model made NaN or infinite values.
     """
+    given = dict(locals())
     wanted = Settings(
         prompt,
         negative_prompt,
@@ -221,7 +223,7 @@ def generate(
         videos = carry_out(job, files, warm=warm_up and compare, on_stage=on_stage)
     if not compare:
         return replace(videos[0], notes=(*map(worded, job.notes), *videos[0].notes))
-    made = compared(job, videos, tuple(files.values()), "vidaccel.generate(...)")
+    made = compared(job, videos, tuple(files.values()), call_text(generate, given))
     return made if page is None else write_report(made, page)
 
 
@@ -359,7 +361,7 @@ def compared(
         prompt=job.settings.prompt,
         videos=tuple(videos),
         tokens=job.layout.tokens,
-        settings=job.described(name),
+        settings=described(job, name),
         environment=environment(job.device),
         command=command,
         files=tuple(files),

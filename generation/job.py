@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .adapter_places import model_note, taken_notes
 from .calls import as_class, check_untouched, dtype_of
 from .comparison import check_comparable
-from .errors import BadInput, mention, refuse_given, worded
+from .errors import BadInput, mention, refuse_given
 from .guidance import check_guidance, guidance_adapters, own_adapters, placed, suited
 from .length import (
     built_in_lora,
@@ -152,40 +152,6 @@ class Job:
     def files(self, out: Path) -> dict[str, Path]:
         """A file for the video of each run: `out` for the result, NAME.METHOD.mp4 beside it for the others."""
         return {n: out if n == self.first else out.with_name(f"{out.stem}.{n}.mp4") for n in self.methods}
-
-    def described(self, name: Callable[[str], str] = str) -> dict[str, str]:
-        """Title -> text, for a reader; fields are named by `name`."""
-        from ..pipelines.loading import usual_autoencoder_dtype
-
-        settings = self.settings
-        loras = {"LoRAs": ", ".join(f"{lora.path.name} ({lora.weight:g})" for lora in self.loras)} if self.loras else {}
-        of_vae = usual_autoencoder_dtype(self.facts.makes_any_size, self.dtype)
-        if self.facts.row.follows:
-            of_vae = self.dtype
-        if self.pipe is not None:
-            of_vae = self.pipe.vae.dtype
-        guidance, options = settings.guidance_scale, settings.pipeline_options
-        free = (
-            {"guidance in one pass": ", ".join(a.path.name for a in self.guidance_free)} if self.guidance_free else {}
-        )
-        return {
-            "model": f"{self.facts.name} ({self.facts.pipeline_class})",
-            **loras,
-            **free,
-            **({"SLA": ", ".join(a.path.name for a in self.sla)} if self.sla else {}),
-            **({} if self.riflex is None else {"rotary embedding": f"RIFLEx from {self.riflex.frames} latent frames"}),
-            **({} if self.beside is None else self.beside.levers()),
-            "methods": worded(f"{', '.join(self.methods)}: {self.why}", name),
-            "negative prompt": settings.negative_prompt or "none",
-            "steps": str(settings.steps),
-            "guidance scale": "none" if guidance is None else f"{guidance:g}",
-            "seed": str(settings.seed),
-            **({"pipeline options": ", ".join(f"{k}={v!r}" for k, v in options.items())} if options else {}),
-            "backend": self.backend,
-            **({"processes": self.sharing.in_words()} if self.process.count > 1 else {}),
-            **({} if self.precision is None else {"precision": f"{self.precision} in sparse attention"}),
-            "dtype": f"{self.dtype}, autoencoder {of_vae}".replace("torch.", ""),
-        }
 
 
 def prepare(

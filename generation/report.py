@@ -103,11 +103,15 @@ def summary(comparison: Comparison, folder: str | Path) -> dict[str, Any]:
         if video.report is not None:
             entry["attention"] = _attention_summary(video.report)
         videos.append(entry)
+    frames, height, width, _ = comparison.reference.frames.shape
     return plain(
         {
             "version": VERSION,
             "prompt": comparison.prompt,
             "command": comparison.command,
+            "frames": frames,
+            "height": height,
+            "width": width,
             "fps": comparison.fps,
             "tokens": comparison.tokens,
             "settings": comparison.settings,

@@ -71,7 +71,11 @@ def test_a_comparison_and_its_page(pipe, dense, tmp_path):
     assert made.metrics["svg"].mean_psnr > 10
     names = {"page.html", "page.json", "page.png", *(f"page.{name}.mp4" for name in ("dense", "radial", "svg"))}
     assert {file.name for file in tmp_path.iterdir()} == names
-    assert json.loads((tmp_path / "page.json").read_text())["settings"]["methods"] == "dense, radial, svg: as given"
+    numbers = json.loads((tmp_path / "page.json").read_text())
+    assert numbers["settings"]["methods"] == "dense, radial, svg: as given"
+    assert (numbers["frames"], numbers["height"], numbers["width"]) == (9, 64, 64)
+    call = "vidaccel.generate(<WanPipeline>, 'a red circle moves left on a grey background', method=[Radial(), 'svg'], "
+    assert numbers["command"].startswith(call + "compare=True, frames=9, "), numbers["command"]
 
 
 def test_a_stop_in_the_last_run_keeps_the_videos_before_it(pipe, tmp_path, monkeypatch):

@@ -123,13 +123,14 @@ def test_the_first_call_tells_what_only_calls_tell(device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the request is for the interpreter")
 def test_a_request_is_checked_and_carried_out(device):
+    from vidaccel.generation.described import described
     from vidaccel.generation.job import Sparse, prepare
     from vidaccel.generation.request import Settings
 
     small = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance_scale": 1.0}
     asked = {"methods": ("svg2",), "density": 0.9, "precision": "int8"}
     job = prepare("demo", Settings("a red dot", **small), Sparse(**asked), device="cpu")
-    assert job.precision == "int8" and job.described()["precision"] == "int8 in sparse attention"
+    assert job.precision == "int8" and described(job)["precision"] == "int8 in sparse attention"
     asked = {"method": "svg2", "density": 0.9, "dense_steps": 1, "precision": "int8", "device": "cpu"}
     made = vidaccel.generate("demo", "a red dot", **asked, **small)
     assert made.report.config["precision"] == "int8" and "triton" in made.report.backends()

@@ -1,0 +1,52 @@
+"""What a job is, for a reader: what it starts from among it, and the call that makes it again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import vidaccel
+from vidaccel import SVG2, demo
+from vidaccel.generation.described import call_text, described
+from vidaccel.generation.job import prepare
+from vidaccel.generation.request import Settings
+from vidaccel.generation.sparse import Sparse
+from vidaccel.generation.video import write_mp4
+
+PROMPT = "a red circle moves left on a grey background"
+
+
+def test_the_size_and_what_the_video_starts_from_are_told(tmp_path):
+    frames = np.zeros((9, 64, 64, 3), np.uint8)
+    file = write_mp4(frames, tmp_path / "clip.mp4")
+    for video, told in ((file, str(file)), (frames, "given in memory")):
+        job = prepare("demo", Settings(PROMPT, video=video, height=64, width=64, strength=0.5), Sparse(), device="cpu")
+        said = described(job)
+        assert (said["size"], said["video"], said["strength"]) == ("9 frames of 64x64", told, "0.5")
+    said = described(prepare("demo", Settings(PROMPT), Sparse(), device="cpu"))
+    assert not {"video", "image", "strength"} & set(said)
+
+
+def test_a_call_is_told_as_python_writes_it():
+    def call(model, prompt, *, method=None, video=None, settings=None, out=None, seed=0, dtype="auto", steps=None):
+        return call_text(call, locals())
+
+    assert call("demo", "it's", seed=0) == """vidaccel.call('demo', "it's")"""
+    text = call(
+        Path("a b"), "dot", method=[SVG2(density=0.4), "svg"], settings={"svg": {"density": 0.3}}, out=Path("o.mp4")
+    )
+    written = "method=[SVG2(density=0.4), 'svg'], settings={'svg': {'density': 0.3}}, out='o.mp4')"
+    assert text == f"vidaccel.call('a b', 'dot', {written}"
+    pictures = [np.zeros((8, 8, 3), np.uint8)] * 81
+    text = call(torch.nn.Identity(), "dot", video=pictures, dtype=torch.float32)
+    assert text == "vidaccel.call(<Identity>, 'dot', video=<81 in a list>, dtype=torch.float32)"
+
+
+def test_the_call_of_generate_is_one():
+    import inspect
+
+    given = {name: parameter.default for name, parameter in inspect.signature(vidaccel.generate).parameters.items()}
+    text = call_text(vidaccel.generate, given | {"model": str(demo.path()), "prompt": PROMPT, "frames": 5})
+    assert text == f"vidaccel.generate({str(demo.path())!r}, {PROMPT!r}, frames=5)"
