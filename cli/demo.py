@@ -75,7 +75,7 @@ def _print(made: Showcase) -> None:
         told = "–" if accuracy is None else f"{accuracy.right} of {accuracy.prompts}"
         gain = f"{made.waterfall.gain(row):.2f}" if number else "–"
         table.add_row(f"+ {name}" if number else name, format_seconds(row.median), gain, told)
-    shown = console()
+    shown = console(whole=True)
     shown.print(table)
     if made.steps:
         dense = made.steps["dense"].seconds

@@ -165,7 +165,7 @@ def _print_table(made: Waterfall) -> None:
         cells += [f"{sum(row.right)}/{len(row.right)}"] if checked else []
         computed, skipped = row.forwards
         table.add_row(*cells, f"{computed:g} of {computed + skipped:g}")
-    console().print(table)
+    console(whole=True).print(table)
     if made.leaves_out:
         typer.echo(OVER_WHAT_DIFFERS)
     for note in [*made.notes, *(f"{name}: {note}." for name, note in row_notes(made.rows))]:

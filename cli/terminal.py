@@ -42,6 +42,10 @@ def can_show(text: str) -> bool:
     return True
 
 
+_WHOLE = 10_000
+"""Columns of a table whose rows are not to be broken."""
+
+
 class NotPrinted(OSError):
     """Standard output takes no more: a pipe whose reader has ended, or a disk that is full."""
 
@@ -86,11 +90,15 @@ def then_printed(tell: Callable[[], None], where: str) -> Iterator[None]:
         typer.echo(where)
 
 
-def console() -> Console:
+def console(whole: bool = False) -> Console:
     """Of standard output, for tables: names of files and methods are shown as they are, brackets and colons among them.
 
     Of rich's own, "[v2]" is markup, which is left out or ends the command, ":x:" an emoji, and a closed pipe the end,
     without a word.
+
+    Args:
+        whole: rows are on a line each where no terminal says how wide it is, as for a file or another program, which
+            would find the names of files in pieces; COLUMNS goes before it. Otherwise there are 80 columns then.
     """
     from rich.console import Console
 
@@ -98,7 +106,10 @@ def console() -> Console:
         def on_broken_pipe(self) -> None:
             raise  # it is called where the error was caught
 
-    return Plain(markup=False, emoji=False)
+    made = Plain(markup=False, emoji=False)
+    if whole and not made.is_terminal and "COLUMNS" not in os.environ:
+        made.width = _WHOLE
+    return made
 
 
 def page_line(what: str, page: Path) -> str:
@@ -146,7 +157,7 @@ def print_summary(
             counts = None if video.account is None else video.account.counts()
             row.append("all" if counts is None else f"{counts['computed']} of {counts['forwards']}")
         table.add_row(*row, str(files[video.name]))
-    console().print(table)
+    console(whole=True).print(table)
     if comparison and any(metrics.leaves_out for metrics in comparison.metrics.values()):
         typer.echo(OVER_WHAT_DIFFERS)
     for note in dict.fromkeys(note for video in videos for note in video.notes):  # mostly of the same pictures

@@ -192,7 +192,7 @@ def _print_table(made: Tuned) -> None:
         own = each.confirmed
         cells = [format_seconds(own.median), f"{own.ratio:.2f}", format_psnr(own.mean_psnr), _error(own.error)]
         table.add_row(each.candidate.label, *cells, each.why or "chosen")
-    console().print(table)
+    console(whole=True).print(table)
     left = len(made.tried) - len(made.confirmed)
     typer.echo(f"{left} more were measured on single steps or predicted; the page says why each was dropped.")
     for note in [*made.notes, *(f"{name} is left out: {why}" for name, why in made.dropped.items())]:
