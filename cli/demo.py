@@ -9,7 +9,7 @@ import typer
 
 from .errors import one_line_errors
 from .options import Threads, use_threads
-from .terminal import command_line, console, page_line, then_printed
+from .terminal import command_line, console, page_line, tell_before, then_printed
 
 if TYPE_CHECKING:
     from ..generation.showcase import Showcase
@@ -47,8 +47,7 @@ def demo_command(
         check_files("out", out, [out, out.with_suffix(".json"), out.with_suffix(".png")], {})
         check_encoder()  # the page has videos in it
         use_threads(threads)
-        if note := unknown_note(DEMOS[0], prompt):
-            typer.echo(note, err=True)  # before what takes a while
+        tell_before(unknown_note(DEMOS[0], prompt))
         made = showcase(
             prompt,
             seed,

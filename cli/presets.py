@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from ..generation.errors import BadInput
 from .errors import one_line_errors
 from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
-from .terminal import can_show, command_line, console, page_line, then_printed
+from .terminal import can_show, command_line, console, page_line, tell_before, then_printed
 
 if TYPE_CHECKING:
     from ..generation.waterfall import Waterfall
@@ -87,6 +88,7 @@ def waterfall_command(
         from ..generation.local_files import local_files
         from ..generation.outputs import check_file, check_files
         from ..generation.presets import request_preset
+        from ..generation.prompts import unknown_note
         from ..generation.waterfall import waterfall
         from ..generation.waterfall_page import write_waterfall
 
@@ -97,6 +99,7 @@ def waterfall_command(
         check_files("out", out, [out, out.with_suffix(".json")], read)
         use_threads(threads)
         texts = [*(prompt or ()), *lines_of(prompts)] or built_in_prompts(model or chosen.model)
+        said = tell_before(unknown_note(model or chosen.base or chosen.model, *texts))
         made = waterfall(
             model or None,
             chosen,
@@ -113,7 +116,7 @@ def waterfall_command(
             offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
         )
-        with then_printed(lambda: _print_table(made), page_line("page", out)):
+        with then_printed(lambda: _print_table(made, said), page_line("page", out)):
             write_waterfall(made, out, command_line())
 
 
@@ -146,7 +149,8 @@ def built_in_prompts(model: str) -> list[str]:
     return [HELD_OUT_PROMPTS[i * len(HELD_OUT_PROMPTS) // 4] for i in range(4)]
 
 
-def _print_table(made: Waterfall) -> None:
+def _print_table(made: Waterfall, said: Collection[str]) -> None:
+    """Print what was found, without the notes that were said before it."""
     from rich.table import Table
 
     from ..generation.report import OVER_WHAT_DIFFERS, format_psnr, format_seconds
@@ -169,5 +173,6 @@ def _print_table(made: Waterfall) -> None:
     if made.leaves_out:
         typer.echo(OVER_WHAT_DIFFERS)
     for note in [*made.notes, *(f"{name}: {note}." for name, note in row_notes(made.rows))]:
-        typer.echo(note)
+        if note not in said:
+            typer.echo(note)
     typer.echo(made.in_words())

@@ -33,6 +33,14 @@ def show_what_can_be_shown() -> None:
         out.reconfigure(errors="replace")
 
 
+def tell_before(note: str) -> list[str]:
+    """Say what should be known before what takes a while; it is in a list, of what need not be said after it."""
+    if not note:
+        return []
+    typer.echo(note, err=True)
+    return [note]
+
+
 def can_show(text: str) -> bool:
     """Whether standard output has all characters of a text."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 
 from .errors import one_line_errors
 from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
-from .terminal import command_line, console, page_line, printing
+from .terminal import command_line, console, page_line, printing, tell_before
 
 if TYPE_CHECKING:
     from ..generation.tuning.result import Tuned
@@ -81,15 +82,18 @@ def tune_command(
     The exit code is 1 where nothing is within the budget.
     """
     with one_line_errors(lambda: _kept(out), by_blocks=offload_blocks):
+        from ..generation.prompts import unknown_note
         from ..generation.tuning.api import PAGE, PRESET, tune
         from ..generation.tuning.result import FOUND, NOTHING
         from ..generation.tuning.space import CACHES, LEVERS, METHODS
         from .presets import built_in_prompts, lines_of
 
         use_threads(threads)
+        texts = [*(prompt or ()), *lines_of(prompts)] or built_in_prompts(model)
+        said = tell_before(unknown_note(model, *texts, negative_prompt))
         made = tune(
             model,
-            [*(prompt or ()), *lines_of(prompts)] or built_in_prompts(model),
+            texts,
             seed,
             out=out,
             max_error=max_error,
@@ -114,7 +118,7 @@ def tune_command(
         )
         where = page_line("page", out / PAGE)
         with printing(where):  # all is written already
-            _print_table(made)
+            _print_table(made, said)
             typer.echo(where)
             if made.outcome == FOUND:
                 typer.echo(f"preset: {out / PRESET} ({made.command})")
@@ -177,7 +181,8 @@ def break_even_command(
         typer.echo(f"{found.in_words()} Kept in {file}.")
 
 
-def _print_table(made: Tuned) -> None:
+def _print_table(made: Tuned, said: Collection[str]) -> None:
+    """Print what was found, without the notes that were said before it."""
     from rich.table import Table
 
     from ..generation.report import format_psnr, format_seconds
@@ -196,7 +201,8 @@ def _print_table(made: Tuned) -> None:
     left = len(made.tried) - len(made.confirmed)
     typer.echo(f"{left} more were measured on single steps or predicted; the page says why each was dropped.")
     for note in [*made.notes, *(f"{name} is left out: {why}" for name, why in made.dropped.items())]:
-        typer.echo(note)
+        if note not in said:
+            typer.echo(note)
 
 
 def _error(value: float | None) -> str:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from .comparison import Comparison, GeneratedVideo
 from .crew import Crew, joined
@@ -41,11 +41,28 @@ if TYPE_CHECKING:
     from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.lora_files import LoraFile
     from ..pipelines.presets import Cache, Compile, Preset, Quantize
+    from .options import GenerateOptions
 
 
 logger = logging.getLogger(__name__)
 
 
+@overload
+def generate(
+    model: str | Path | DiffusionPipeline,
+    prompt: str,
+    *,
+    compare: Literal[False] = ...,
+    **options: Unpack[GenerateOptions],
+) -> GeneratedVideo: ...
+@overload
+def generate(
+    model: str | Path | DiffusionPipeline, prompt: str, *, compare: Literal[True], **options: Unpack[GenerateOptions]
+) -> Comparison: ...
+@overload
+def generate(
+    model: str | Path | DiffusionPipeline, prompt: str, *, compare: bool, **options: Unpack[GenerateOptions]
+) -> GeneratedVideo | Comparison: ...
 def generate(
     model: str | Path | DiffusionPipeline,
     prompt: str,

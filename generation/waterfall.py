@@ -21,7 +21,7 @@ from .model_places import DEMOS
 from .preset_request import said_of_preset
 from .presets import LEVERS, check_beside, refusals, request_preset
 from .progress import bars
-from .prompts import in_words, prompts_with_seeds
+from .prompts import in_words, prompts_with_seeds, unknown_note
 from .request import Settings
 from .run import load, run, warm_up
 from .stages import BASE, Stage, stages
@@ -288,7 +288,8 @@ def waterfall(
     with shown as tell:
         models.check_loaded(plan)
         measured = _measure(plan, requests, models, texts, numbers, rounds, checker, tell)
-    first, notes = requests[0], []
+    first = requests[0]
+    notes = [*filter(None, [unknown_note(models.facts(plan[0].model).name, *texts)])]
     if len({s.frames for s in requests}) > 1:
         counts = " and ".join(str(n) for n in dict.fromkeys(s.frames for s in requests))
         notes.append(f"The models make {counts} frames; PSNR is of those that all have.")

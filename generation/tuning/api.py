@@ -18,7 +18,7 @@ from ..job import Job
 from ..machine import check_runs, choose_device, choose_dtype, environment
 from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
-from ..prompts import in_words
+from ..prompts import in_words, unknown_note
 from ..run import load
 from .bench import Bench, Done
 from .break_even import find_break_even, timer
@@ -268,7 +268,8 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         dropped["guidance with a cache"] = apart
     search = Search(plan.budget, dense, measures, plan.most, apart is not None, journal.get(asked) or 0, plan=expect)
     outcome, chosen, tried = search.run(sparse, caches, plan.layers, plan.adapters, plan.guidance)
-    notes = [*bench.cut]
+    unknown = unknown_note(job.facts.name, *plan.prompts, job.settings.negative_prompt or "")
+    notes = [*filter(None, [unknown]), *bench.cut]
     if search.left_out:
         why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
         notes.append(f"{search.left_out:,} more combinations were predicted, {why}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -14,6 +15,7 @@ import pytest
 
 import vidaccel
 from vidaccel import Preset
+from vidaccel.generation.options import GenerateOptions
 
 
 def _for_types(file: Path) -> Iterator[ast.stmt]:
@@ -52,6 +54,15 @@ def test_a_preset_tells_what_it_takes(root):
     assert names == ["self", *(field.name for field in dataclasses.fields(Preset))]
 
 
+def test_generate_tells_what_it_takes():
+    """What it returns depends on `compare`, so that each call of both kinds has its own signature."""
+    taken = inspect.signature(vidaccel.generate).parameters.values()
+    told = {each.name: each.annotation for each in taken if each.kind is each.KEYWORD_ONLY and each.name != "compare"}
+    assert GenerateOptions.__annotations__.keys() == told.keys()
+    written = {name: each.__forward_arg__ for name, each in GenerateOptions.__annotations__.items()}
+    assert written == told
+
+
 USER = """
     from __future__ import annotations
 
@@ -77,6 +88,13 @@ USER = """
         with vidaccel.accelerate(pipe, "svg") as handle:
             return handle.report().mean_density()
 
+    def videos(either: bool) -> float:
+        video = vidaccel.generate("demo", "dot", method="svg", density=0.2, steps=5)
+        made = vidaccel.generate("demo", "dot", method=["svg", SVG()], compare=True, report="report.html")
+        vidaccel.generate("demo", "dot", compare=either)
+        return video.fps + made.metrics["svg"].mean_psnr
+
+    vidaccel.generate("demo", "dot", stepz=5)
     vidaccel.generation, vidaccel.lora, vidaccel.pipelines.presets.measure_mag_ratios, vidaccel.demo.path()
     vidaccel.acclerate
     vidaccel.pipelines.acclerate
@@ -94,5 +112,8 @@ def test_types_of_documented_use_hold_and_misspelt_names_do_not(tmp_path, on_pat
         capture_output=True,
         text=True,
     )
-    lines = [line.partition(" error: ")[2] for line in told.stdout.splitlines()]
-    assert lines == ['Module has no attribute "acclerate"  [attr-defined]'] * 2, told.stdout + told.stderr
+    lines = [error for line in told.stdout.splitlines() if (error := line.partition(" error: ")[2])]
+    misspelt, call, *names = lines
+    assert misspelt.startswith('Unexpected keyword argument "stepz" for overloaded function "generate"'), told.stdout
+    assert call.startswith('No overload variant of "generate"'), told.stdout
+    assert names == ['Module has no attribute "acclerate"  [attr-defined]'] * 2, told.stdout + told.stderr
