@@ -194,3 +194,13 @@ def test_a_waterfall_that_cannot_be(vidaccel, options, message, tmp_path, monkey
     result = vidaccel("waterfall", "demo-cache", *options)
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_waterfall_of_what_the_built_in_models_do_not_know(vidaccel, tmp_path):
+    """It is said before all is measured, and is on the page."""
+    options = ("--prompt", "a cat", "--rounds", 1, "--steps", 2, *SIZE, "--out", tmp_path / "w.html")
+    result = vidaccel("waterfall", "demo-cache", *options)
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = "The built-in model does not know cat: "
+    assert said in result.stderr and said not in result.stdout
+    assert said in (tmp_path / "w.html").read_text()

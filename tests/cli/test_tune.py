@@ -20,8 +20,11 @@ CACHE_ALONE = ("--lever", "cache", "--cache", "first_block", "--effort", "quick"
 def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (1e3,))
-    result = vidaccel("tune", PROMPT, "--min-psnr", 99, "--out", tmp_path / "t", *CACHE_ALONE, *SMALL)
+    result = vidaccel("tune", "a cat", "--min-psnr", 99, "--out", tmp_path / "t", *CACHE_ALONE, *SMALL)
     assert result.exit_code == 1, (result.output, result.exception)
+    unknown = "The built-in model does not know cat: "
+    assert unknown in result.stderr and unknown not in result.stdout  # before what takes a while
+    assert unknown in (tmp_path / "t" / "tune.html").read_text()
     assert "Nothing that was tried is within PSNR at least 99 dB, so no preset was written." in result.stdout
     assert "The nearest is first_block" in result.stdout and "below 99" in result.stdout
     assert (tmp_path / "t" / "tune.html").is_file() and not (tmp_path / "t" / "preset.yaml").exists()
