@@ -94,9 +94,9 @@ def generate(
     dtype: str | torch.dtype = "auto",
     offload: bool | str = False,
     tiling: bool = False,
-    lora: str | Path | LoraFile | Sequence[str | Path | LoraFile] = (),
-    guidance_free: bool | str | Path | Sequence[str | Path] = (),
-    sla: str | Path | Sequence[str | Path] = (),
+    lora: str | Path | LoraFile | Sequence[str | Path | LoraFile] | None = (),
+    guidance_free: bool | str | Path | Sequence[str | Path] | None = (),
+    sla: str | Path | Sequence[str | Path] | None = (),
     rope: str = "plain",
     components: str | Path | None = None,
     preset: str | Path | Preset | None = None,
@@ -125,7 +125,7 @@ def generate(
         compare: also run dense, first, and measure the others against it.
         image, last_image: the first and the last frame, for image to video: a file, a PIL picture, or an array
             `[H, W, 3]` of bytes or of floats in [0, 1].
-        video: for video to video: a file, a list of PIL pictures, or an array `[F, H, W, 3]` of the same.
+        video: for video to video: a file, a list of files or PIL pictures, or an array `[F, H, W, 3]` of the same.
         strength: how much of the noise is added to `video`, in (0, 1].
         face_video: of the face that moves, for Wan Animate, whose `video` is that of the pose.
         frames, height, width, steps, guidance_scale: None takes the model's.

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
+from .values import places
 
 if TYPE_CHECKING:
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
@@ -26,13 +26,12 @@ def guidance_adapters(given: str | Path | Sequence[str | Path]) -> tuple[Guidanc
     Raises:
         BadInput: one is not there, or is none.
     """
-    places = [given] if isinstance(given, str | os.PathLike) else list(given)
-    if not places:
+    if not (asked := places("guidance_free", given)):
         return ()
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeError, read_adapter
 
     try:
-        return tuple(read_adapter(place) for place in places)
+        return tuple(read_adapter(place) for place in asked)
     except GuidanceFreeError as error:
         raise BadInput("guidance_free", f"cannot be used: {str(error).rstrip('.')}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import BadInput
+from .values import file_name
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -35,8 +37,8 @@ def open_picture(field: str, picture: Any) -> Image.Image:
     from .pictures import as_shown, read_picture
 
     try:
-        if isinstance(picture, Path):
-            return read_picture(picture)
+        if isinstance(picture, str | os.PathLike):
+            return read_picture(file_name(field, picture))
         if isinstance(picture, Image.Image):
             return as_shown(picture)
     except (OSError, ValueError) as error:
@@ -133,7 +135,7 @@ def open_video(video: Any, field: str = "video") -> VideoSource:
     """A video, of which a file is not decoded yet.
 
     Args:
-        video: a file, PIL pictures or arrays in a list, or an array `[F, H, W, 3]` of bytes or of floats in [0, 1].
+        video: a file; files, PIL pictures or arrays in a list; an array `[F, H, W, 3]` of bytes or of floats in [0, 1].
         field: that it is given for.
 
     Raises:
@@ -179,5 +181,7 @@ def _bytes(field: str, given: Any, shape: str) -> np.ndarray:
             if array.min() >= 0 and array.max() <= 1:  # neither holds with a NaN
                 return (array * 255).round().astype(np.uint8)
             told += f" from {array.min():g} to {array.max():g}"
-    kinds = "a file, a list of PIL pictures" if field.endswith("video") else "a file, a PIL picture"
-    raise BadInput(field, f"it must be {kinds}, or an array {shape} of bytes or of floats in [0, 1]", value=told)
+    whole = shape.startswith("[F")
+    which = "each of its pictures" if field.endswith("video") and not whole else "it"
+    kinds = "a file, a list of pictures" if whole else "a file, a PIL picture"
+    raise BadInput(field, f"{which} must be {kinds}, or an array {shape} of bytes or of floats in [0, 1]", value=told)

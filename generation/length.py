@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..pipelines.nearest_name import nearest
 from .errors import BadInput, mention
+from .values import text
 
 if TYPE_CHECKING:
     from ..attention.layout import VideoLayout
@@ -115,7 +116,7 @@ def chosen_riflex(rope: str, trained: Sequence[TrainedLength], facts: ModelFacts
     Raises:
         BadInput: another name, a model that has no place for it, or a LoRA that was trained without.
     """
-    if rope not in ROPES:
+    if text("rope", rope) not in ROPES:
         raise BadInput("rope", f"there is none of that name{nearest(rope, ROPES)}", value=rope)
     if trained:
         if rope == "riflex" and trained[0].riflex is None:

@@ -71,7 +71,9 @@ def filled(
     Raises:
         BadInput: a lever that is unknown or out of its bounds.
     """
-    given: dict[str, Any] = {name: () if _is_none(value) else value for name, value in adapters.items()}
+    given: dict[str, Any] = {
+        name: () if value is None or _is_none(value) else value for name, value in adapters.items()
+    }
     if preset is not None and _is_none(adapters["guidance_free"]):
         preset = preset.replace(guidance_free=())  # before levers that it would refuse
     whole = with_levers(preset, **levers)

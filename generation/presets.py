@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,10 @@ def request_preset(preset: Preset | str | Path | None) -> Preset | None:
 
     if preset is None or isinstance(preset, Preset):
         return preset
+    if not isinstance(preset, str | os.PathLike):
+        fix = "Preset.from_dict makes one of names and values." if isinstance(preset, Mapping) else ""
+        problem = "it must be a Preset, a file, or the name of one that comes with the package"
+        raise BadInput("preset", problem, fix, value=repr(preset))
     try:
         return load_preset(preset)
     except PresetError as error:

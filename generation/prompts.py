@@ -24,6 +24,8 @@ def prompts_with_seeds(
     Raises:
         BadInput: no prompt, an empty one, another number of seeds, or one out of its bounds.
     """
+    if not isinstance(prompts, Iterable):
+        raise BadInput("prompts", "they must be texts, one or several in a list", value=repr(prompts))
     given = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     if not given:
         raise BadInput("prompts", "there are none", "Give at least one.")

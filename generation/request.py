@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput, mention
 from .pipeline_options import check_options
-from .values import check_seed, number, text, whole_number
+from .values import check_readable, check_seed, file_name, number, text, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,8 +83,8 @@ class Settings:
             raise BadInput("strength", "it must be above 0 and at most 1 (1 keeps nothing)", value=self.strength)
         for field in INPUTS:
             file = getattr(self, field)
-            if isinstance(file, Path) and not file.is_file():
-                raise BadInput(field, "there is no such file", value=file)
+            if isinstance(file, Path):
+                check_readable(field, file)
 
     def _take_harmless_kinds(self) -> None:
         """Values of the kinds that the fields have; raise BadInput for those that cannot be meant."""
@@ -101,7 +101,7 @@ class Settings:
                 object.__setattr__(self, field, of_kind(field, value))
         for field in INPUTS:
             if isinstance(given := getattr(self, field), str | os.PathLike):
-                object.__setattr__(self, field, Path(given))
+                object.__setattr__(self, field, file_name(field, given))
         options = {} if self.pipeline_options is None else self.pipeline_options
         if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
             raise BadInput("pipeline_options", "they must be values by name", value=repr(options))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ..pipelines.lora_files import TRANSFORMERS
 from .errors import BadInput, mention
 from .methods import check_settings
+from .values import places
 
 if TYPE_CHECKING:
     from ..attention import SLA
@@ -30,8 +30,7 @@ def sla_adapters(given: str | Path | Sequence[str | Path], names: Sequence[str])
     Raises:
         BadInput: one is not there, or is none; or no run would use it.
     """
-    places = [given] if isinstance(given, str | os.PathLike) else list(given)
-    if not places:
+    if not (asked := places("sla", given)):
         return ()
     from ..pipelines.acceleration.sla import read_adapter
     from ..pipelines.acceleration.sla_weights import SLAError
@@ -39,7 +38,7 @@ def sla_adapters(given: str | Path | Sequence[str | Path], names: Sequence[str])
     if names and "sla" not in names:
         raise BadInput("sla", f"is of use only with {mention('method')} sla", f"Add {mention('method')} sla.")
     try:
-        return tuple(read_adapter(place) for place in places)
+        return tuple(read_adapter(place) for place in asked)
     except SLAError as error:
         raise BadInput("sla", f"cannot be used: {str(error).rstrip('.')}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from numbers import Integral, Real
@@ -18,6 +19,13 @@ def whole_number(field: str, value: Any) -> int:
     if _is_number(value) and value == int(value):
         return int(value)
     raise BadInput(field, "it must be a whole number", value=repr(value))
+
+
+def count(field: str, value: Any) -> int:
+    """A whole number of at least 1. Raise BadInput for anything else."""
+    if _is_number(value) and value == int(value) >= 1:
+        return int(value)
+    raise BadInput(field, "it must be a whole number of at least 1", value=value)
 
 
 def check_seed(field: str, seed: int) -> None:
@@ -57,10 +65,33 @@ def text(field: str, value: Any) -> str:
 
 
 def file_name(field: str, value: Any) -> Path:
-    """A path; its text will do. Raise BadInput for anything else."""
+    """A path; its text will do, and "~" is the home. Raise BadInput for anything else."""
     if isinstance(value, str | os.PathLike):
-        return Path(value).expanduser()
+        path = Path(value)
+        with contextlib.suppress(RuntimeError):  # "~name" of nobody may be the name of a file
+            return path.expanduser()
+        return path
     raise BadInput(field, "it must be the name of a file", value=repr(value))
+
+
+def check_readable(field: str, file: Path) -> None:
+    """Raise BadInput for what is no file of pictures or videos, which are looked at first and read then."""
+    if file.is_dir():
+        raise BadInput(field, "it is a folder", "Give a file.", value=file)
+    if file.exists() and not file.is_file():
+        raise BadInput(
+            field, "it is a pipe or a device, and a file is read more than once", "Save it first.", value=file
+        )
+    if not file.is_file():
+        raise BadInput(field, "there is no such file", value=file)
+
+
+def places(field: str, value: Any) -> list[str | os.PathLike[str]]:
+    """Files or folders, one or several in a list. Raise BadInput for anything else."""
+    found = [value] if isinstance(value, str | os.PathLike) else value
+    if isinstance(found, list | tuple) and all(isinstance(place, str | os.PathLike) for place in found):
+        return list(found)
+    raise BadInput(field, "it must be a file or a folder, or several in a list", value=repr(value))
 
 
 def _is_number(value: Any) -> bool:

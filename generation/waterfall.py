@@ -25,6 +25,7 @@ from .prompts import in_words, prompts_with_seeds, unknown_note
 from .request import Settings
 from .run import load, run, warm_up
 from .stages import BASE, Stage, stages
+from .values import count
 from .waterfall_checks import check_named
 
 if TYPE_CHECKING:
@@ -265,9 +266,10 @@ def waterfall(
         GenerationError: the model made NaN or infinite values.
     """
     chosen = request_preset(preset)
+    if chosen is None:
+        raise BadInput("preset", "is needed", "Give what is to be measured.")
     texts, numbers = prompts_with_seeds(prompts, seeds)
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
-        raise BadInput("rounds", "it must be a whole number of at least 1", value=rounds)
+    rounds = count("rounds", rounds)
     models = _Models(model, device, dtype, offload, tiling)
     with said_of_preset(LEVERS), refusals():
         plan = stages(chosen, models.first_name)

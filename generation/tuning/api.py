@@ -20,6 +20,7 @@ from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
 from ..prompts import in_words, unknown_note
 from ..run import load
+from ..values import count, number
 from .bench import Bench, Done
 from .break_even import find_break_even, timer
 from .budget import Budget
@@ -161,7 +162,8 @@ def measured_break_even(
     Raises:
         BadInput: a request that cannot be met.
     """
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
+    seconds = number("seconds", seconds)
+    if not seconds > 0:
         raise BadInput("seconds", "it must be above 0", value=seconds)
     check_method(method, "method")
     own = {"heads": heads, "head_dim": head_dim}
@@ -172,12 +174,11 @@ def measured_break_even(
         )
     if model is not None and any(value is not None for value in own.values()):
         raise BadInput("model", f"has heads of its own: leave it out, or {mention('heads')} and {mention('head_dim')}")
-    for field, value in own.items():
-        if model is None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise BadInput(field, "it must be a whole number of at least 1", value=value)
+    if model is None:
+        own = {field: count(field, value) for field, value in own.items()}
     place = choose_device(device, False)
     chosen = choose_dtype(dtype, place, str(model or ""))
-    shape = (heads, head_dim) if model is None else _heads(str(model))
+    shape = (own["heads"], own["head_dim"]) if model is None else _heads(str(model))
     check_runs("auto", place, sparse=True)
     key = Key.here(*shape, place, chosen, method)
     check_cache(key)

@@ -20,6 +20,7 @@ from ..presets import uncompiled, unquantised
 from ..prompts import prompts_with_seeds
 from ..request import Settings
 from ..sparse import Sparse
+from ..values import count, places
 from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .journal import FILE, Journal
@@ -98,13 +99,13 @@ def planned(
         facts: of a loaded pipeline, where its loader knows more than it does itself.
     """
     texts, numbers = prompts_with_seeds(prompts, seeds)
+    adapters = places("adapters", adapters)
     levers, methods, caches = ([each] if isinstance(each, str) else each for each in (levers, methods, caches))
     for field, names, known in (("levers", levers, LEVERS), ("caches", caches, CACHES), ("effort", [effort], EFFORTS)):
         for name in names:
             if name not in known:
                 raise BadInput(field, f"there is none of that name{nearest(name, known)}", value=name)
-    if isinstance(confirm, bool) or not isinstance(confirm, int) or confirm < 1:
-        raise BadInput("confirm", "it must be a whole number of at least 1", value=confirm)
+    confirm = count("confirm", confirm)
     wanted = Settings(texts[0], **settings)
     folder = Path(out).expanduser()
     if folder.exists() and not folder.is_dir():
@@ -129,8 +130,9 @@ def planned(
     if adapters and "adapter" not in levers:
         raise BadInput("adapters", "are given, and the lever adapter is not tried", f"Add it to {mention('levers')}.")
     if adapters and budget.max_error is not None:
+        adapter_levers(job, adapters)  # what is wrong with them goes before
         fix = f"Give {mention('min_psnr')} or {mention('max_time_ratio')}, or leave {mention('adapters')} out."
-        raise BadInput("max_error", _NO_ERROR, fix)
+        raise BadInput("max_error", f"is no budget for {mention('adapters')}: {_NO_ERROR}", fix)
     chosen, dropped = _available(job, levers, methods, caches)
     compiled = _compile(job, levers, dropped)
     chosen["layers"] = tuple(layers_levers(_quantize(job, levers, effort, dropped), compiled))
