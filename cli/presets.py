@@ -149,7 +149,7 @@ def built_in_prompts(model: str) -> list[str]:
     return [HELD_OUT_PROMPTS[i * len(HELD_OUT_PROMPTS) // 4] for i in range(4)]
 
 
-def _print_table(made: Waterfall, said: Collection[str]) -> None:
+def _print_table(made: Waterfall, said: Collection[str] = ()) -> None:
     """Print what was found, without the notes that were said before it."""
     from rich.table import Table
 

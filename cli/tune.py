@@ -181,7 +181,7 @@ def break_even_command(
         typer.echo(f"{found.in_words()} Kept in {file}.")
 
 
-def _print_table(made: Tuned, said: Collection[str]) -> None:
+def _print_table(made: Tuned, said: Collection[str] = ()) -> None:
     """Print what was found, without the notes that were said before it."""
     from rich.table import Table
 

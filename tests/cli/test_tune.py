@@ -9,11 +9,13 @@ import signal
 import pytest
 from huggingface_hub import constants
 
+from vidaccel import demo
 from vidaccel.generation.tuning import space
 from vidaccel.generation.tuning.journal import FILE, Journal
 
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 4)
 PROMPT = "a red circle moves left on a grey background"
+FEW_STEPS = demo.path("demo-dc") / "transformer" / "few_steps_4.safetensors"
 CACHE_ALONE = ("--lever", "cache", "--cache", "first_block", "--effort", "quick", "--confirm", 1)
 
 
@@ -78,7 +80,11 @@ def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch, n
         ),
         (("--min-psnr", 30, "--model", "demo-nothing"), "Error: --model is demo-nothing:"),
         (("--min-psnr", 30, "--adapter", "nowhere"), "Error: --adapter cannot be used:"),
-        (("--max-error", 0.1, "--adapter", "nowhere"), "Give --min-psnr or --max-time-ratio, or leave --adapter out."),
+        (("--max-error", 0.1, "--adapter", "nowhere"), "Error: --adapter cannot be used:"),
+        (
+            ("--max-error", 0.1, "--model", "demo-dc", "--adapter", FEW_STEPS),
+            "Error: --max-error is no budget for --adapter: an adapter makes",
+        ),
     ],
 )
 def test_bad_input(vidaccel, tmp_path, options, said):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 from pathlib import Path
 
@@ -197,9 +198,10 @@ def test_a_pil_picture_is_as_one_from_a_file(tmp_path, caplog):
         (np.full((5, 8, 8, 3), -1.0), r"is float64 \[5, 8, 8, 3\] from -1 to -1"),
         (np.full((5, 8, 8, 3), np.nan), "is float64 .* from nan to nan"),
         (np.zeros((5, 8, 8, 3), np.int64), "is int64"),
-        ([], r"is uint8 \[0, 0, 0, 3\]: it must be a file, a list of PIL pictures"),
+        ([], r"is uint8 \[0, 0, 0, 3\]: it must be a file, a list of pictures"),
         ([Image.new("RGB", (8, 8)), Image.new("RGB", (8, 9))], r"has pictures of several sizes \(8x8, 8x9\)"),
-        ([1, 2], "is int"),
+        ([1, 2], r"is int: each of its pictures must be a file, a PIL picture, or an array \[H, W, 3\]"),
+        (["gone.png"], r"cannot be used: gone\.png: no such file"),
         (5, "is int: it must be a file"),
     ],
 )
@@ -270,11 +272,50 @@ def test_kinds_that_are_harmless():
         ({"backend": None}, r"^backend is None: it must be one text"),
         ({"device": None}, r"^device is None: torch knows no such device"),
         ({"dtype": torch.int8}, r"^dtype is int8: it must be auto"),
+        ({"rope": None}, r"^rope is None: it must be one text"),
+        ({"sla": 5}, r"^sla is 5: it must be a file or a folder, or several in a list"),
+        ({"guidance_free": [5]}, r"^guidance_free is \[5\]: it must be a file or a folder"),
+        ({"preset": {"name": "a"}}, r"^preset is .*: it must be a Preset, a file, .* Preset\.from_dict makes one"),
+        (
+            {"preset": 5},
+            r"^preset is 5: it must be a Preset, a file, or the name of one that comes with the package\.$",
+        ),
     ],
 )
 def test_kinds_that_cannot_be_meant(loads_nothing, given, message):
     with pytest.raises(BadInput, match=message):
         vidaccel.generate("demo", PROMPT, **{**SMALL, **given})
+
+
+def test_no_adapter_may_be_none():
+    from vidaccel.generation.job import prepare
+    from vidaccel.generation.sparse import Sparse
+
+    job = prepare("demo", Settings(PROMPT), Sparse(), device="cpu", lora=None, guidance_free=None, sla=None)
+    assert job.guidance_free == job.sla == job.loras == ()
+
+
+def test_a_file_may_lie_in_the_home(noise, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_mp4(noise, tmp_path / "clip.mp4")
+    for field in ("image", "last_image", "video", "face_video"):
+        assert getattr(Settings(PROMPT, **{field: "~/clip.mp4"}), field) == tmp_path / "clip.mp4"
+    Image.fromarray(noise[0]).save(tmp_path / "a.png")
+    assert np.array_equal(open_video(["~/a.png"]).given, noise[:1])
+    with pytest.raises(BadInput, match=r"^image is ~nobody-of-this-name: there is no such file"):
+        Settings(PROMPT, image="~nobody-of-this-name")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names here")
+def test_pipes_and_folders_are_there_and_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(
+        BadInput, match=r"pipe\.mp4: it is a pipe or a device, and a file is read more than once\. Save"
+    ):
+        Settings(PROMPT, video=tmp_path / "pipe.mp4")
+    with pytest.raises(BadInput, match=r"^image is .*: it is a folder\. Give a file\."):
+        Settings(PROMPT, image=tmp_path)
 
 
 def test_a_prompt_is_one_text(loads_nothing):

@@ -101,7 +101,9 @@ def test_passes_are_the_mean_over_the_prompts():
     preset = Preset(name="a", cache=Cache("forecast", 0.25))
     size = {**SMALL, "steps": 10}
     both, *alone = (
-        vidaccel.waterfall("demo", preset, prompts, np.int64(seed), rounds=1, device="cpu", **size).rows[1].forwards
+        vidaccel.waterfall("demo", preset, prompts, np.int64(seed), rounds=np.int64(1), device="cpu", **size)
+        .rows[1]
+        .forwards
         for prompts, seed in ((PROMPTS, 5), (PROMPTS[:1], 5), (PROMPTS[1:], 6))
     )
     assert both == tuple(np.mean(alone, 0)) and both[1] > 0
@@ -254,6 +256,9 @@ def test_the_page_and_its_numbers(made, tmp_path):
         ("demo", Preset(name="a"), {}, "preset has nothing to measure: a leaves the pipeline as it is"),
         ("demo", "nowhere.yaml", {}, "there is no preset nowhere.yaml"),
         ("demo", FULL, {"rounds": 0}, "rounds is 0: it must be a whole number of at least 1"),
+        ("demo", FULL, {"rounds": 1.5}, "rounds is 1.5: it must be a whole number of at least 1"),
+        ("demo", None, {}, "preset is needed"),
+        ("demo", FULL, {"prompts": None}, "prompts is None: they must be texts, one or several in a list"),
         ("demo", FULL, {"seeds": [1]}, "seeds there are 1, for 2 prompts"),
         ("demo", FULL, {"seeds": [1, -1]}, "seeds is -1: it must be between 0 and"),
         ("demo", FULL, {"seeds": 0.5}, "seeds is 0.5: it must be a whole number"),
