@@ -27,6 +27,9 @@ UNTOLD = ("chunk_size", "scaling_factor", "pad_frames", "tail")
 _FOLDER_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 _FOLDER_FILE = re.compile(r"diffusion_pytorch_model(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)")
 
+_REFUSED = re.compile(r"GLOBAL (\S+)")
+"""What torch says of a name in a file that is not among those of weights."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is not what it should be; the message says which key and shape, and what to do."""
@@ -63,15 +66,20 @@ def read_stated(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, An
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"There is no file {path}.")
-    if path.suffix.lower() not in SUFFIXES:
-        raise CheckpointError(
-            f"{path} is no checkpoint by its name, which ends in {path.suffix or 'nothing'}: a DC-AE-V file ends in "
-            f"{', '.join(SUFFIXES)}."
-        )
+    check_suffix(path, "DC-AE-V")
     content = read_file(path)
     if path.suffix.lower() == ".safetensors":
         return strip_prefix(content), _stated(_metadata(path).get(_CONFIG), path)
     return strip_prefix(_parameters(content, path)), _stated(content.get(_CONFIG), path)
+
+
+def check_suffix(path: Path, kind: str) -> None:
+    """Raise CheckpointError for a file that is no checkpoint by its name; `kind` says of what one is wanted."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise CheckpointError(
+            f"{path} is no checkpoint by its name, which ends in {path.suffix or 'nothing'}: a {kind} file ends in "
+            f"{', '.join(SUFFIXES)}."
+        )
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -124,8 +132,12 @@ def read_file(path: Path) -> Any:
             mappable = file.read(4) == b"PK\x03\x04"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
+        # Not in torch's words, which say how to read it all the same, and run what is in it.
+        found = _REFUSED.search(str(error))
+        what = f" ({found[1]})" if found else ""
         raise CheckpointError(
-            f"{path} holds something other than weights, or is damaged: {error}".splitlines()[0]
+            f"{path} holds something other than weights{what}, or is damaged: take a file of weights alone, such as a "
+            ".safetensors, or download it again."
         ) from error
     except Exception as error:  # each library has its own errors for a damaged file
         raise CheckpointError(
@@ -233,6 +245,7 @@ __all__ = [
     "SUFFIXES",
     "UNTOLD",
     "CheckpointError",
+    "check_suffix",
     "read_file",
     "read_folder",
     "read_published",

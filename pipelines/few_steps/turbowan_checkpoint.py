@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import WanTransformer3DModel
 
-from ...autoencoders.checkpoint_file import CheckpointError, read_file, read_folder
+from ...autoencoders.checkpoint_file import CheckpointError, check_suffix, read_file, read_folder
 from ..acceleration.sla_weights import names_in
 from .turbowan_names import clean, infer_config, naming_of, projection_of, published_name
 
@@ -100,6 +100,7 @@ def shapes_of(config: Mapping[str, Any]) -> dict[str, list[int]]:
 def _parameters(place: Path) -> dict[Any, Any]:
     if place.is_dir():
         return _in_folder(place)
+    check_suffix(place, "TurboDiffusion")
     content = read_file(place)
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]

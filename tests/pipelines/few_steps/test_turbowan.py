@@ -390,9 +390,18 @@ def test_files_that_hold_something_else(tmp_path):
 
     source = tmp_path / "file.pth"
     torch.save({"a": Runs()}, source)
-    with pytest.raises(CheckpointError, match="holds something other than weights"):
+    said = r"file\.pth holds something other than weights \((posix|nt)\.mkdir\), or is damaged: take a file of weights"
+    with pytest.raises(CheckpointError, match=said) as refused:
         read_checkpoint(source)
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run").exists() and "weights_only" not in str(refused.value)
+    source.write_bytes(b"no weights")
+    with pytest.raises(CheckpointError, match="holds something other than weights, or is damaged: take a file"):
+        read_checkpoint(source)
+    (tmp_path / "notes.txt").write_text("no weights")
+    with pytest.raises(
+        CheckpointError, match=r"notes\.txt is no checkpoint by its name, which ends in \.txt: a TurboD"
+    ):
+        read_checkpoint(tmp_path / "notes.txt")
     torch.save(in_layout(own_weights(transformer())), source)
     source.write_bytes(source.read_bytes()[:-2000])
     with pytest.raises(CheckpointError, match="damaged or cut short"):
