@@ -25,6 +25,8 @@ Tiling = Annotated[bool, typer.Option("--vae-tiling", help="Encode and decode in
 Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")]
 
 TWICE = "it is given twice, and one of the two would count for nothing"
+_MOST_THREADS = 1024
+"""OpenMP ends the process where the system starts no more of them."""
 _CONSTANTS = {"true": True, "false": False, "none": None}
 
 
@@ -85,11 +87,14 @@ def offloading(parts: bool, blocks: bool) -> bool | str:
 
 
 def use_threads(threads: int | None) -> None:
-    """Let torch use so many threads on the CPU; BadInput for fewer than one. None leaves it to torch."""
+    """Let torch use so many threads on the CPU; BadInput for fewer than one or too many. None leaves it to torch."""
     if threads is None:
         return
     if threads < 1:
         raise BadInput("threads", "it must be at least 1", value=threads)
+    if threads > _MOST_THREADS:
+        fix = "More than there are cores are slower."
+        raise BadInput("threads", f"it must be at most {_MOST_THREADS}", fix, value=threads)
     import torch
 
     torch.set_num_threads(threads)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from ..generation.tuning.result import Tuned
 
 
+NOT_WITHIN = 3
+"""Exit code where nothing is within the budget; 1 and 2 are failures, see `one_line_errors`."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command("tune")(tune_command)
@@ -79,7 +83,7 @@ def tune_command(
     """Find the fastest preset within a budget, for a model, a size and a few prompts, on this machine.
 
     Called again with the same --out, it goes on where it was interrupted; another budget begins with what is known.
-    The exit code is 1 where nothing is within the budget.
+    The exit code is 3 where nothing is within the budget.
     """
     with one_line_errors(lambda: _kept(out), by_blocks=offload_blocks):
         from ..generation.prompts import unknown_note
@@ -124,7 +128,7 @@ def tune_command(
                 typer.echo(f"preset: {out / PRESET} ({made.command})")
             typer.echo(made.in_words())
         if made.outcome == NOTHING:
-            raise typer.Exit(1)
+            raise typer.Exit(NOT_WITHIN)
 
 
 def _kept(out: Path) -> str:

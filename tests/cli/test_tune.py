@@ -23,7 +23,7 @@ def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypat
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (1e3,))
     result = vidaccel("tune", "a cat", "--min-psnr", 99, "--out", tmp_path / "t", *CACHE_ALONE, *SMALL)
-    assert result.exit_code == 1, (result.output, result.exception)
+    assert result.exit_code == 3, (result.output, result.exception)
     unknown = "The built-in model does not know cat: "
     assert unknown in result.stderr and unknown not in result.stdout  # before what takes a while
     assert unknown in (tmp_path / "t" / "tune.html").read_text()
@@ -64,6 +64,7 @@ def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch, n
         ((), "Error: --min-psnr is needed, or another bound. Give --max-error, --min-psnr or --max-time-ratio."),
         (("--max-error", 2), "Error: --max-error is 2.0: it must be above 0 and at most 1 (0.05 is 5 %)."),
         (("--min-psnr", 30, "--threads", 0), "Error: --threads is 0: it must be at least 1."),
+        (("--min-psnr", 30, "--threads", 100_000), "Error: --threads is 100000: it must be at most 1024. More than"),
         (("--min-psnr", 30, "--device", "cpu", "--offload-blocks"), "Error: --offload-blocks moves parts"),
         (("--min-psnr", 30, "--lever", "luck"), "Error: --lever is luck: there is none of that name;"),
         (
