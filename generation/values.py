@@ -86,11 +86,11 @@ def check_readable(field: str, file: Path) -> None:
         raise BadInput(field, "there is no such file", value=file)
 
 
-def places(field: str, value: Any) -> list[str | os.PathLike[str]]:
+def places(field: str, value: Any) -> list[str | Path]:
     """Files or folders, one or several in a list. Raise BadInput for anything else."""
     found = [value] if isinstance(value, str | os.PathLike) else value
     if isinstance(found, list | tuple) and all(isinstance(place, str | os.PathLike) for place in found):
-        return list(found)
+        return [place if isinstance(place, str) else Path(place) for place in found]
     raise BadInput(field, "it must be a file or a folder, or several in a list", value=repr(value))
 
 
