@@ -46,19 +46,29 @@ class GatherBackend(Backend):
     )
 
     def takes_slopes(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-        return _in_place(q, k, v)
+        # Autocast rounds the queries, which the slopes would follow.
+        return _in_place(q, k, v) and not torch.is_autocast_enabled(q.device.type)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if plan.skipped is not None and torch.is_autocast_enabled(q.device.type):
-            return without_autocast(self.attend, q, k, v, plan, scale, return_lse)
+        slopes = self.takes_slopes(q, k, v)
+        attend = self._attend
         if torch.compiler.is_compiling():  # a graph for each tile would take minutes to make
-            return torch.compiler.disable(self._attend)(q, k, v, plan, scale, return_lse)
-        return self._attend(q, k, v, plan, scale, return_lse)
+            attend = torch.compiler.disable(attend)
+        if plan.skipped is not None and torch.is_autocast_enabled(q.device.type):
+            return without_autocast(attend, q, k, v, plan, scale, return_lse, slopes)
+        return attend(q, k, v, plan, scale, return_lse, slopes)
 
     def _attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: BlockPlan,
+        scale: float,
+        return_lse: bool,
+        slopes: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         in_place = _in_place(q, k, v)
         queries = q if in_place else permute(q, plan.q_order)
@@ -75,7 +85,8 @@ class GatherBackend(Backend):
             for h in range(heads):
                 of_q, of_kv = (slice(None) if heads == 1 else slice(at, at + 1) for at in (h, h // group))
                 some, others = queries[batch_slice, of_q], pairs[batch_slice, of_kv]
-                entries.append((_Tiles(some, others, k.shape[-1], plan, bias, b, h, scratch), batch_slice, of_q))
+                tiles = _Tiles(some, others, k.shape[-1], plan, bias, b, h, scratch, slopes)
+                entries.append((tiles, batch_slice, of_q))
         if not in_place:
             rows = [_join([e.attend(tile, None, scale, return_lse) for tile in e.tiles], 2) for e, _, _ in entries]
             out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
@@ -178,9 +189,10 @@ class _StandIns:
     Args:
         plan: with `skipped`. bias: its `stand_in_bias()`.
         dtype: of keys and values.
+        slopes: whether outputs follow them, where it has any.
     """
 
-    def __init__(self, plan: BlockPlan, bias: torch.Tensor, b: int, h: int, dtype: torch.dtype) -> None:
+    def __init__(self, plan: BlockPlan, bias: torch.Tensor, b: int, h: int, dtype: torch.dtype, slopes: bool) -> None:
         # A plan of one entry for all may have tables for each: its tiles are then worked on for all at once.
         lead = plan.run_start.shape[:2]
         own = [None if size == 1 else index for size, index in zip(lead, (b, h), strict=True)]
@@ -189,7 +201,7 @@ class _StandIns:
         self.tables = [x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in tables]
         self.bias = bias[_entry(bias, 0, own[0]), _entry(bias, 1, own[1])]
         self.slope, self.centre = (
-            None if x is None else x[_entry(x, 0, own[0]), _entry(x, 1, own[1])]
+            None if x is None or not slopes else x[_entry(x, 0, own[0]), _entry(x, 1, own[1])]
             for x in (plan.skipped.slope, plan.skipped.centre)
         )
         self.dtype, self.count, self.of_each_tile = dtype, self.bias.shape[-1], plan.skipped.of_each_tile
@@ -228,6 +240,7 @@ class _Tiles:
         key_width: D.
         bias: `plan.stand_in_bias()`, where it has stand-ins; made once for all entries.
         scratch: that all entries share.
+        slopes: whether outputs follow them, where stand-ins have any.
 
     Raises:
         ValueError: the tiles do not cover the queries.
@@ -243,9 +256,10 @@ class _Tiles:
         b: int,
         h: int,
         scratch: _Scratch,
+        slopes: bool,
     ) -> None:
         self.q, self.pairs, self.key_width = q, pairs, key_width
-        self.stand_ins = None if bias is None else _StandIns(plan, bias, b, h, pairs.dtype)
+        self.stand_ins = None if bias is None else _StandIns(plan, bias, b, h, pairs.dtype, slopes)
         self.starts, self.lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
         self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
         if sum(self.lengths) != q.shape[2]:

@@ -17,6 +17,7 @@ from vidaccel.attention.clusters import Clusters, cluster, renewed
 from vidaccel.attention.kmeans import cluster_sizes, update
 from vidaccel.attention.methods.base import OutOfReach
 from vidaccel.attention.probe import probe, read
+from vidaccel.attention.slopes import follow
 from vidaccel.attention.spread import spread_of
 
 
@@ -379,3 +380,17 @@ def test_the_spread_is_what_the_tokens_have(all_tokens, monkeypatch):
     sampled = spread_of(q, k, v, of_q, of_k, 0.25)
     for one, other in zip(sampled, whole, strict=True):
         assert 0.5 < one.norm() / other.norm() < 2
+
+
+def test_under_autocast_slopes_follow_the_queries_as_they_are():
+    q, k, v = clustered(LAYOUT)
+    q = 8 * q  # far from their centroids: rounded, they would be further off than what autocast does to attention
+    plan = plan_of(q, k, v, LAYOUT)
+    with torch.autocast("cpu", torch.bfloat16):
+        for backend in ("gather", "masked"):
+            out = sparse_attention(q, k, v, plan, backend=backend)
+            expected = sparse_attention(
+                q, k, v, replace(plan, skipped=replace(plan.skipped, slope=None, centre=None)), backend=backend
+            )
+            moved = follow(torch.zeros_like(q), q, plan)
+            torch.testing.assert_close(out - expected, moved, atol=1e-4, rtol=1e-4)
