@@ -47,7 +47,6 @@ SCANT = 0.05  # below what the stand-ins of the usual 43 key clusters cost at 57
 TOLERANCES = (0.01, 0.02, 0.05, 0.1)  # of `tangent, probed`, whose density then follows
 DENSE_STEPS = (0, 1, 2)  # first steps that stay dense, beside the share that all methods are compared at
 GREY = "#7f7f7f"
-EARLIER = ", earlier"  # ends the name of Tangent in rows that were made before values moved with the query
 PAID_FOR = 0.106  # what is left of a density of .2 at 576 tokens when the probe is paid out of it
 RIVAL = "svg2, compensated"  # what the others are held against, prompt by prompt
 BATCH = 8
@@ -332,7 +331,6 @@ def main(
     write_csv(out / "quality.csv", table)
     figure(table, out / "quality.png")
     paid_for = any(line["wanted"] == PAID_FOR for line in table)
-    older = any(line["method"].endswith(EARLIER) for line in table)
     fewer = any(line["videos"] < prompts for line in table)
     write_markdown(
         out / "quality.md",
@@ -349,11 +347,6 @@ def main(
         f"*psnr - rival* is the mean difference to *{RIVAL}* of the same seed, density and dense steps, and its "
         "standard error. *tangent* takes its rank without a probe at so few tokens, *tangent, probed* with it"
         + ("; its row at .106 is what a density of .2 leaves when the probe is paid out of it" if paid_for else "")
-        + (
-            "; *earlier*: Tangent before its masses were corrected and values moved with the query, not made anew yet"
-            if older
-            else ""
-        )
         + ("; rows of fewer *videos* are of some of these prompts" if fewer else "")
         + ". The controls keep random blocks of 16 tokens: *random* draws them anew at each step, so that its errors "
         "partly cancel over the run, and is what methods must beat that plan at each step; *random, fixed* keeps them "
