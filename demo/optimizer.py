@@ -24,7 +24,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         named_parameters: as `module.named_parameters()` gives them.
         lr: one learning rate for both; a Muon update has a root mean square of 0.2 of it, as AdamW's typically has.
         exclude: parts of names of matrices that AdamW shall update (embeddings).
-        decays: which of what AdamW updates has weight decay, by its name and value; None for all.
+        decays: which parameters have weight decay, by name and value; the others are AdamW's, matrices too, since tables
+            are no layers. None for all.
     """
 
     def __init__(
@@ -39,12 +40,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
     ) -> None:
         matrices, others, undecayed = [], [], []
         for name, parameter in named_parameters:
-            if parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(e in name for e in exclude):
-                matrices.append(parameter)
-            elif decays is None or decays(name, parameter):
-                others.append(parameter)
-            else:
+            if decays is not None and not decays(name, parameter):
                 undecayed.append(parameter)
+            elif parameter.ndim >= 2 and min(parameter.flatten(1).shape) > 1 and not any(e in name for e in exclude):
+                matrices.append(parameter)
+            else:
+                others.append(parameter)
         common: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
         # What Muon sees of each matrix: a view of two dimensions, renewed in each step, since a model may be moved.
         self._flat = {parameter: nn.Parameter(parameter.detach().flatten(1)) for parameter in matrices}

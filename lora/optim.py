@@ -48,7 +48,8 @@ def learning_rate(
 def decays(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter has weight decay: the matrices and kernels of layers, and not vectors and tables.
 
-    Wan's table of modulations is `[1, 6, dim]`, and norms of images and videos have `[C, 1, 1]`.
+    Tables of modulations are `[1, 6, dim]` in Wan and `[6, dim]` in LTX-Video and SANA, and norms of images and videos
+    have `[C, 1, 1]`.
     """
     kernel = parameter.ndim == 2 or (parameter.ndim > 2 and parameter[0].numel() > 1)
     return kernel and name.endswith("weight")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,16 +99,17 @@ class PhaseState:
         """Bring a phase that was just built to the state of a checkpoint.
 
         Raises:
-            CheckpointError: it is of another model.
+            CheckpointError: it is of another model, or of a version with another weight decay.
         """
         if set(checkpoint.weights) != set(self.named):
             odd = sorted(set(checkpoint.weights) ^ set(self.named))
             raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")
+        inner = self.optimizer.optimizer
+        _check_groups(checkpoint.state["optimizer"]["param_groups"], inner.param_groups)
         for name, parameter in self.named.items():
             copy_whole(parameter, checkpoint.weights[name])
         if self.ema is not None:
             self.ema.restore(checkpoint.ema, checkpoint.state["ema_steps"])
-        inner = self.optimizer.optimizer
         ordered = [p for group in inner.param_groups for p in group["params"]]
         inner.load_state_dict(optimizer_state(checkpoint.state["optimizer"], ordered))
         if self.accelerator.scaler is not None and checkpoint.state.get("scaler"):
@@ -123,6 +124,27 @@ class PhaseState:
             self.means.restore(logged)
         if len(checkpoint.random) == self.accelerator.num_processes:
             set_random_state(checkpoint.random[self.accelerator.process_index])
+
+
+def _check_groups(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups of an optimiser that are not those that were built.
+
+    The settings of a checkpoint are compared before, so they differ where a version chose them by another rule. torch
+    would raise for other sizes, and go on with the weight decay of the checkpoint.
+    """
+    saved, built = (
+        [(len(group["params"]), float(group["weight_decay"])) for group in groups] for groups in (then, now)
+    )
+    if saved != built:
+        raise CheckpointError(
+            "the checkpoint was written by a version that gave weight decay to other parameters (parameters and "
+            f"weight_decay of each group: {_listed(saved)} then, {_listed(built)} now): go on with that version, or "
+            "begin a new run in another `out`."
+        )
+
+
+def _listed(groups: Sequence[tuple[int, float]]) -> str:
+    return ", ".join(f"{count} with {decay:g}" for count, decay in groups)
 
 
 def _gathered(random: dict[str, Any], accelerator: Accelerator) -> list[dict[str, Any]]:

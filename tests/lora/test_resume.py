@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lora_runs import write
 from safetensors.torch import load_file, save_file
 
 from vidaccel.lora import run
@@ -108,3 +109,36 @@ def with_inputs(inputs):
         return checkpoint
 
     return loaded
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "older", "words"),
+    [
+        ("adamw", lambda name, parameter: parameter.ndim >= 2, r"31 with 0.5, 39 with 0 then, .* with 0.5 now"),
+        ("muon", lambda name, parameter: True, r"\d+ with 0.5, \d+ with 0.5 then, \d+ with 0.5, \d+ with 0 now"),
+    ],
+)
+def test_a_checkpoint_with_weight_decay_on_other_parameters_is_refused(
+    tmp_path, text_base, stop_after, monkeypatch, optimizer, older, words
+):
+    """As older versions wrote them: torch's error of groups of other sizes, or their weight decay without a word."""
+    sections = {"gft": {"train": "full", "max_scale": 4}, "validation": {"prompts": [], "clips": 0}}
+    train = {"optimizer": optimizer, "weight_decay": 0.5}
+    file = write(tmp_path, text_base, recipe="gft", train=train, **sections)
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "lora"}))
+    stop_after(1)
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr("vidaccel.lora.optim.decays", older)
+        run("gft", file)
+    with pytest.raises(CheckpointError, match=f"gave weight decay to other parameters .*{words}.: go on with that ve"):
+        run("gft", file, resume="latest")
+
+
+def test_a_checkpoint_with_this_weight_decay_is_continued(tmp_path, text_base, stop_after):
+    """Its learning rate, which the groups have too, may be another."""
+    train = {"optimizer": "muon", "weight_decay": 0.5}
+    file = write(tmp_path, text_base, train=train, validation={"prompts": [], "clips": 0})
+    stop_after(1)
+    with pytest.raises(Stopped):
+        run("lora", file)
+    assert run("lora", file, ["train.learning_rate=0.001"], "latest")
