@@ -24,8 +24,8 @@ class MuonWithAdamW(torch.optim.Optimizer):
         named_parameters: as `module.named_parameters()` gives them.
         lr: one learning rate for both; a Muon update has a root mean square of 0.2 of it, as AdamW's typically has.
         exclude: parts of names of matrices that AdamW shall update (embeddings).
-        decays: which parameters have weight decay, by name and value; the others are AdamW's, matrices too, since tables
-            are no layers. None for all.
+        decays: which parameters have weight decay, by name and value; the others are AdamW's, matrices too, as tables
+            of modulations are. None for all.
     """
 
     def __init__(

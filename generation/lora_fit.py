@@ -39,9 +39,10 @@ def check_fits(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
 
 
 def trained_elsewhere(loras: Sequence[LoraFile], facts: ModelFacts) -> list[str]:
-    """A sentence for each LoRA that was trained on other weights of the family than those of the model.
+    """A sentence for each LoRA that may have been trained on other weights of the family than those of the model.
 
-    Of a model of the hub the names are compared: its weights may not be here yet. One for longer videos is refused
+    Files are compared, so the same weights in another precision are not recognised; of a model of the hub, whose files
+    may not be here yet, names; and of a pipeline that came from no place, nothing. One for longer videos is refused
     (`length.check_bases`), so nothing is said of it here.
 
     Args:
@@ -51,7 +52,9 @@ def trained_elsewhere(loras: Sequence[LoraFile], facts: ModelFacts) -> list[str]
     from ..pipelines.length.trained import RECIPE as LENGTH
     from ..pipelines.weight_files import transformer_files
 
-    said = []
+    said: list[str] = []
+    if facts.location == facts.pipeline_class:  # as `inspect_pipeline` names one that was put together from parts
+        return said
     for lora in loras:
         stated = facts_of(lora.path)
         base, base_hash, part = stated.get("base"), stated.get("base_hash"), str(stated.get("part", "transformer"))
@@ -64,7 +67,10 @@ def trained_elsewhere(loras: Sequence[LoraFile], facts: ModelFacts) -> list[str]
                 "learned may not come out whole."
             )
         elif transformer_files(facts.location, part) != base_hash:
-            said.append(f"{trained}{facts.name} has other weights: what it learned may not come out whole.")
+            said.append(
+                f"{trained}{facts.name} has other files: other weights, or the same in another precision or in other "
+                "parts. Where it has others, what it learned may not come out whole."
+            )
     return said
 
 

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 COMMAND_LINE = Path(__file__).resolve().parents[1] / "requirements-command-line.txt"
-SHOWING = ("rich", "typer")
+SHOWING = ("packaging", "rich", "typer")
 """What the command line cannot even show its help without."""
 
 
@@ -23,10 +23,12 @@ def lacking(file: Path, more: Sequence[str] = (), only: Collection[str] = ()) ->
         more: requirements beside it.
         only: names of those in the file that count; empty for all.
     """
-    from packaging.requirements import Requirement
-
     if not file.is_file():
         return []
+    try:
+        from packaging.requirements import Requirement
+    except ModuleNotFoundError:  # what reads the lines is one of them
+        return ["packaging (not installed)"]
     wrong = []
     for line in (*requirements_in(file), *more):
         needed = Requirement(line)

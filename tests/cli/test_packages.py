@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 
 import pytest
 
@@ -62,3 +63,14 @@ def test_what_shows_the_help_is_asked_for_first(needs):
     needs("no_such_package>=1", "typer>=99")
     with pytest.raises(SystemExit, match=r"^Error: this needs typer>=99 \(found .*needs\.txt, with this Python\.$"):
         runpy.run_module("vidaccel", run_name="__main__")
+
+
+def test_what_reads_the_requirements_is_one_of_them(needs, tmp_path, monkeypatch):
+    """Without a file of them, as where pip installed the package, it is not asked for."""
+    needs("no_such_package>=1")
+    for name in [name for name in sys.modules if name.split(".")[0] == "packaging"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "packaging", None)
+    with pytest.raises(SystemExit, match=r"^Error: this needs packaging \(not installed\): pip .*needs\.txt"):
+        runpy.run_module("vidaccel", run_name="__main__")
+    assert packages.lacking(tmp_path / "none.txt") == []

@@ -22,7 +22,7 @@ from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.lora_fit import trained_elsewhere
 from vidaccel.generation.loras import attach, lora_files
-from vidaccel.generation.model_facts import inspect_model
+from vidaccel.generation.model_facts import inspect_model, inspect_pipeline
 from vidaccel.generation.request import Settings
 from vidaccel.lora.backbones.wan_own import WanModel
 from vidaccel.lora.lora_file import save_lora
@@ -313,13 +313,17 @@ def test_the_weights_that_a_lora_was_trained_on_are_compared_with_those_of_the_m
 
     said = "pytorch_lora_weights.safetensors was trained on mine (transformer), and "
     lost = "what it learned may not come out whole."
-    assert notes(base="mine", base_hash="0123") == [f"{said}demo has other weights: {lost}"]
+    files = "other files: other weights, or the same in another precision or in other parts. Where it has others"
+    assert notes(base="mine", base_hash="0123") == [f"{said}demo has {files}, {lost}"]
     assert not notes(base="mine", base_hash=own) and not notes(base="mine")
     save_file(tensors, file, {"vidaccel": json.dumps({"recipe": "lora", "base": "mine", "base_hash": "0123"})})
     of_hub = replace(inspect_model("demo"), name="a/b", location="a/b")
     [note] = trained_elsewhere(lora_files(file), of_hub)
     assert note == f"{said}whether a/b has the same weights is not known: where it has others, {lost}"
     assert not trained_elsewhere(lora_files(file), replace(of_hub, location="mine"))
+    pipe = WanPipeline.from_pretrained(vidaccel.demo.path())
+    assert trained_elsewhere(lora_files(file), inspect_pipeline(pipe))
+    assert not trained_elsewhere(lora_files(file), inspect_pipeline(WanPipeline(**pipe.components)))  # from where?
 
 
 def test_block_size_and_dense_steps_of_the_training_are_compared_with_those_of_the_run(file):

@@ -566,7 +566,7 @@ def test_a_falling_rate_that_cannot_be(tiny_settings, settings, words):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_matrices_alone_have_weight_decay(optimizer):
-    """muon's vectors had it, and with both the tables of modulations of Wan, `[1, 6, dim]`, and LTX-Video, `[6, dim]`."""
+    """muon's vectors had it, and with both the tables of modulations, of Wan `[1, 6, dim]`, of LTX-Video `[6, dim]`."""
     kept = {"norm.weight": (8,), "to_q.bias": (8,), "norm.gamma": (8, 1, 1)}
     kept |= {"wan.scale_shift_table": (1, 6, 8), "ltx.scale_shift_table": (6, 8)}
     decayed = {"to_q.weight": (8, 8), "conv.weight": (8, 8, 3), "to_q.lora_A.default.weight": (1, 8)}

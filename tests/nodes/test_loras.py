@@ -155,5 +155,5 @@ def test_a_lora_of_other_weights_is_told_with_each_video(tmp_path):
     settings = Settings(prompt="a red circle", frames=5, height=32, width=32, steps=1)
     made = run_pipeline(loaded, settings, on_step=lambda *_: None)
     [note] = loaded.notes
-    assert "was trained on mine (transformer), and demo has other weights" in note
+    assert "was trained on mine (transformer), and demo has other files: other weights, or the" in note
     assert note in made.report.news().report.notes

@@ -79,7 +79,7 @@ def test_pins_are_above_the_lower_bounds(project, root):
 
 
 def test_a_copied_pack_is_told_all_that_the_command_line_needs(project):
-    assert SHOWING == ("rich", "typer")  # as the first lines of the file say
+    assert SHOWING == ("packaging", "rich", "typer")  # as the first lines of the file say
     asked = {line for line in project["project"]["dependencies"] if _name(line) != "torch"}
     assert set(requirements_in(COMMAND_LINE)) == asked
 
