@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..pipelines.run_folder import FILE
-from ..pipelines.whole_files import staged
+from ..pipelines.whole_files import staged, writing
 from .config import ConfigError, flat
 
 if TYPE_CHECKING:
@@ -50,14 +50,36 @@ def kept_teacher(out: str | Path) -> Path:
     return Path(out) / KEPT_TEACHER / FILE
 
 
+def teacher_of(checkpoint: Path | None, out: str | Path) -> Path | None:
+    """The file of the teacher's adapter that was kept with a run.
+
+    Args:
+        checkpoint: that is continued, maybe in another `out` than that of its run; None for a new run, which has none.
+        out: of the run.
+
+    Returns:
+        None where it was not kept, as older versions did not.
+    """
+    if checkpoint is None:
+        return None
+    of_run = checkpoint.resolve().parent.parent
+    return next((file for file in map(kept_teacher, (of_run, out)) if file.is_file()), None)
+
+
+def kept(checkpoint: Path | None, out: str | Path) -> frozenset[str]:
+    """Of which settings in `KEPT` a run has what it needs; see `teacher_of`."""
+    return frozenset((START,) if teacher_of(checkpoint, out) is None else KEPT)
+
+
 def keep_teacher(file: Path, out: str | Path) -> None:
     """Keep the adapter of a teacher with the run.
 
     Raises:
-        OSError: it cannot be read any more, or not be written.
+        NotWritten: it cannot be read any more, or not be written.
     """
-    kept = kept_teacher(out)
-    if file != kept:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with staged(kept) as draft:
-            shutil.copyfile(file, draft)
+    target = kept_teacher(out)
+    if file.resolve() != target.resolve():
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with staged(target) as draft:
+                shutil.copyfile(file, draft)

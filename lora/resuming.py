@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from .begun_from import KEPT
@@ -26,8 +26,12 @@ def changed(then: RunSettings, now: RunSettings) -> list[str]:
     ]
 
 
-def check_inputs(then: dict[str, str], now: dict[str, str]) -> None:
+def check_inputs(then: dict[str, str], now: dict[str, str], kept: Collection[str]) -> None:
     """Refuse to go on with other models or data than those of the checkpoint, wherever they lie.
+
+    Args:
+        then, now: what they are, by setting.
+        kept: settings of adapters that the run began from, of which it keeps what it needs.
 
     Raises:
         CheckpointError: they differ.
@@ -36,19 +40,22 @@ def check_inputs(then: dict[str, str], now: dict[str, str]) -> None:
     if different:
         raise CheckpointError(
             "the run cannot be continued, because these do not hold what they held when it began (they may be moved, "
-            f"but not changed): {', '.join(different)}.{''.join(_counts(different))}"
+            f"but not changed): {', '.join(different)}.{''.join(_counts(different, kept))}"
         )
 
 
-def _counts(different: Sequence[str]) -> Iterator[str]:
+def _counts(different: Sequence[str], kept: Collection[str]) -> Iterator[str]:
     """What counts of inputs, where one may not expect it, and what to do."""
     if any(name.startswith("data.") for name in different):
         yield (
             " Of data, clips and captions count, and the order of the files, which is that of their names: give files "
             "that were added, removed or renamed their old places."
         )
-    for name in KEPT.intersection(different):
-        yield f" {name}: give what the checkpoint's config.yaml has there, of which the run keeps what it needs."
+    for name in sorted(KEPT.intersection(different)):
+        if name in kept:
+            yield f" {name}: give what the checkpoint's config.yaml has there, of which the run keeps what it needs."
+        else:
+            yield f" {name}: give the adapter as it was when the run began, of which the run keeps no copy."
 
 
 def check_steps(

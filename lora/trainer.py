@@ -20,6 +20,7 @@ import torch
 from ..generation.alone import alone
 from ..generation.errors import BadInput
 from ..pipelines.run_folder import RESULTS, SETTINGS
+from .begun_from import kept
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, remedy, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
@@ -179,6 +180,7 @@ class Trainer:
             if start.checkpoint is not None:
                 self.recipe.began_with = start.checkpoint.state.get("inputs", {})
                 self.recipe.continues = start.settings
+                self.recipe.checkpoint = self.checkpoints.current
             self.recipe.prepare()
             for phase in trained:
                 check_outline(phase)
@@ -186,7 +188,8 @@ class Trainer:
                 check_some_compile(trained)
             inputs = self.recipe.inputs()
             if start.checkpoint is not None:
-                check_inputs(start.checkpoint.state.get("inputs", {}), inputs)
+                has = kept(self.checkpoints.current, self.out)
+                check_inputs(start.checkpoint.state.get("inputs", {}), inputs, has)
             self._in_main(self._begin_folder)
             if self.process.is_main and start.checkpoint is None:
                 self.recipe.show_data(self.out)
@@ -236,8 +239,11 @@ class Trainer:
                 raise ConfigError(
                     f"out: another run was in {self.out} meanwhile: continue that one, or choose another."
                 )
-        save_text(as_yaml(self.config), self.out / SETTINGS)
-        self.recipe.keep_inputs()
+        try:
+            save_text(as_yaml(self.config), self.out / SETTINGS)
+            self.recipe.keep_inputs()
+        except OSError as error:
+            raise OSError(f"{error} {remedy(error)}, and {self.checkpoints.how_to_resume()}.") from error
 
     def _finished(self, trained: Tensors) -> dict[str, Any]:
         try:

@@ -152,6 +152,8 @@ class Recipe(ABC):
     """The `inputs` of the run that is continued, from before `prepare`; None for a new run."""
     continues: RunSettings | None = None
     """The settings of the checkpoint that it is continued from, of the class `Config`; None for a new run."""
+    checkpoint: Path | None = None
+    """Where that checkpoint lies; None for a new run."""
     measures_result: ClassVar[bool] = False
     """Whether `finish` measures the clips of the validation."""
 
@@ -209,7 +211,7 @@ class Recipe(ABC):
         process, after `prepare`.
 
         Raises:
-            OSError: it cannot be read any more, or not be written.
+            NotWritten: it cannot be read any more, or not be written.
         """
 
     def encode(self) -> dict[str, Any]:

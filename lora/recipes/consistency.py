@@ -30,7 +30,7 @@ from ...pipelines.guidance_free.beta import BETA, BetaSlot
 from ...pipelines.guidance_free.low_rank import gate_of
 from ...pipelines.weight_files import transformer_file
 from ..backbones.base import SampleRequest, Text
-from ..begun_from import TEACHER, keep_teacher, kept_teacher, named_anew
+from ..begun_from import TEACHER, keep_teacher, named_anew, teacher_of
 from ..config import ConfigError
 from ..flow import shifted
 from ..generators import Generators, derive_seed
@@ -77,8 +77,8 @@ class TrainConsistency(TrainGuided):
         if given is None:
             return None
         if given != OWN:
-            kept = kept_teacher(self.config.out)
-            return kept if not anew and kept.is_file() else self.adapter_file(given, TEACHER)
+            kept = None if anew else teacher_of(self.checkpoint, self.config.out)
+            return kept or self.adapter_file(given, TEACHER)
         file = transformer_file(model.base, OWN_FILE, model.part)
         if file is None:
             raise ConfigError(

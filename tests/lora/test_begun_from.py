@@ -90,9 +90,13 @@ def test_the_teacher_is_kept_with_the_run(tmp_path, text_base, stop_after):
         run("consistency", file, ["train.steps=3", f"consistency.teacher={adapter}"], "latest")
     kept = kept_teacher(tmp_path / "resumed" / "run")
     moved = shutil.copy(kept, tmp_path / "moved.safetensors")
-    kept.unlink()
-    with pytest.raises(CheckpointError, match="not changed.*: consistency.teacher"):
-        run("consistency", file, ["train.steps=3"], "latest")
+    (last,) = (tmp_path / "resumed" / "run" / "checkpoints").glob("*2")
+    assert run("consistency", file, ["train.steps=3", f"out={tmp_path}/elsewhere"], last)
+    assert kept_teacher(tmp_path / "elsewhere").read_bytes() == kept.read_bytes()
+    kept.unlink()  # as older versions kept none
+    for out in ("another", "resumed/run"):
+        with pytest.raises(CheckpointError, match=r"consistency.teacher: give the adapter as it was .* keeps no copy"):
+            run("consistency", file, ["train.steps=3", f"out={tmp_path}/{out}"], last)
     assert run("consistency", file, ["train.steps=3", f"consistency.teacher={moved}"], "latest") and kept.is_file()
 
 
@@ -102,3 +106,14 @@ def test_a_teacher_is_not_taken_up_on_the_way(tmp_path, text_base, stop_after):
     file = stopped(write(tmp_path, text_base, consistency=few, **FEW), stop_after)
     with pytest.raises(ConfigError, match="consistency.teacher is own, and the run that is continued began without"):
         run("consistency", file, ["consistency.teacher=own"], "latest")
+
+
+def test_a_teacher_that_cannot_be_kept_is_told_with_a_remedy(tmp_path, text_base):
+    """It named a hidden temporary file."""
+    run("gft", write(tmp_path / "a", text_base, **GFT))
+    few = {"steps": 2, "teacher_steps": 2, "guidance_scale": 2, "teacher": str(tmp_path / "a" / "run")}
+    file = write(tmp_path, text_base, consistency=few, **FEW)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "teacher").write_text("in its place")
+    with pytest.raises(OSError, match=r"/teacher/pytorch\S* could not be written: .* See that it can be, and start"):
+        run("consistency", file)
