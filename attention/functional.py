@@ -156,7 +156,7 @@ def choose_backend(
     slopes = plan.skipped is not None and plan.skipped.slope is not None
     if (backend != "reference" or slopes) and (transform := transform_of(q, k, v)) is not None:
         raise RuntimeError(
-            f"{transform} through the backend 'reference' alone, and through no plan whose stand-ins have slopes "
+            f"{transform} supported with the backend 'reference' alone, and with no plan whose stand-ins have slopes "
             "(Tangent): name that backend, or take derivatives in backward mode with torch.autograd, and the batch "
             "dimension in place of vmap."
         )

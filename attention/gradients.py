@@ -32,9 +32,9 @@ def transform_of(*tensors: torch.Tensor) -> str | None:
         return None
     functorch = torch._C._functorch  # torch has no public function that tells
     if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        return "derivatives of forward mode (torch.func.jvp) flow"
+        return "derivatives of forward mode (torch.func.jvp) are"
     if any(functorch.is_batchedtensor(x) for x in tensors):
-        return "torch.func.vmap goes"
+        return "torch.func.vmap is"
     if any(functorch.is_gradtrackingtensor(x) for x in tensors):
-        return "derivatives of torch.func (grad, vjp, jacrev) flow"
+        return "derivatives of torch.func (grad, vjp, jacrev) are"
     return None

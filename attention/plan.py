@@ -198,7 +198,8 @@ class BlockPlan:
         return self._with_each(lambda x: x.to(device), lambda plan: plan.to(device))
 
     def for_gradients(self) -> BlockPlan:
-        """The plan for a call that has gradients: where it was made in inference mode, a copy, which is made once.
+        """The plan for a call that has gradients: where it was made in inference mode, a copy, which is made once (in
+        compiled code at each call).
 
         Autograd keeps no tensor of inference mode.
         """

@@ -60,8 +60,10 @@ def _endings() -> Iterator[None]:
     """Raise `_Terminated` on such a signal: at once means without a word, with the encoder still at work, and with the
     temporary file of a half-written video left. One that is ignored stays so, as nohup has it.
     """
+    came: list[int] = []
 
     def terminate(number: int, _: Any) -> None:
+        came.append(number)
         raise _Terminated(128 + number)
 
     here = [getattr(signal, name) for name in _ENDINGS if hasattr(signal, name)]
@@ -71,6 +73,10 @@ def _endings() -> Iterator[None]:
         signal.signal(number, terminate)
     try:
         yield
+    except (Exception, SystemExit) as error:
+        if came:  # on the way out a progress bar may have written to a terminal that is closed
+            raise _Terminated(128 + came[0]) from error
+        raise
     finally:
         for number, handler in taken.items():
             signal.signal(number, handler)
@@ -121,5 +127,6 @@ def one_line_errors(
             message = full
         elif type(error).__module__.partition(".")[0] != __name__.partition(".")[0] and not isinstance(error, OSError):
             raise
-        typer.echo(f"Error: {message}", err=True)
+        with contextlib.suppress(OSError):
+            typer.echo(f"Error: {message}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import os
 from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from .errors import worded
@@ -82,6 +84,9 @@ def call_text(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     import torch
 
+    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's among them
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return repr(number) if math.isfinite(number) else f"float({str(number)!r})"
     if isinstance(value, _PLAIN):
         return repr(value)
     if isinstance(value, os.PathLike):
@@ -103,7 +108,9 @@ def _text(value: Any) -> str:
 
 def _is_short(value: Any) -> bool:
     """Not one of the frames of a video."""
-    return isinstance(value, (*_PLAIN, os.PathLike)) or dataclasses.is_dataclass(value)
+    if isinstance(value, list | tuple):
+        return all(map(_is_short, value))
+    return isinstance(value, (*_PLAIN, Real, os.PathLike)) or dataclasses.is_dataclass(value)
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 
 import pytest
+import typer
 
 from vidaccel.cli.errors import one_line_errors
 
@@ -75,6 +77,20 @@ def test_a_signal_within_a_run(vidaccel, tiny_model, tmp_path, monkeypatch, name
     assert result.exit_code == 128 + number
     assert result.stderr.endswith("Interrupted: what was at work was not written.\n")
     assert list(tmp_path.iterdir()) == [] and signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_progress_bar_on_a_closed_terminal_changes_no_code(name):
+    """It is ended on the way out, which raises an error in place of what the signal raised."""
+    if (number := getattr(signal, name, None)) is None:
+        pytest.skip(f"there is no {name} here")
+    with pytest.raises(typer.Exit) as stop, one_line_errors():
+        try:
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        finally:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert stop.value.exit_code == 128 + number
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP here")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,14 @@ def test_a_call_is_told_as_python_writes_it():
     pictures = [np.zeros((8, 8, 3), np.uint8)] * 81
     text = call(torch.nn.Identity(), "dot", video=pictures, dtype=torch.float32)
     assert text == "vidaccel.call(<Identity>, 'dot', video=<81 in a list>, dtype=torch.float32)"
+
+
+def test_numbers_of_numpy_and_lists_of_lists_are_told_as_they_are():
+    def call(*, seed, density, steps, boxes, scale):
+        return call_text(call, locals())
+
+    told = call(seed=np.int64(3), density=np.float64(0.2), steps=[np.int32(4), 5], boxes=[[1, 2], [3]], scale=math.inf)
+    assert told == "vidaccel.call(seed=3, density=0.2, steps=[4, 5], boxes=[[1, 2], [3]], scale=float('inf'))"
 
 
 def test_the_call_of_generate_is_one():
