@@ -17,6 +17,17 @@ from vidaccel.cli.errors import one_line_errors
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
 
 
+@pytest.fixture(autouse=True)
+def hangups_count():
+    """Where the tests are run under nohup, too, which would be left as it is here, and to the processes started."""
+    if not hasattr(signal, "SIGHUP"):
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )

@@ -118,6 +118,8 @@ def test_the_check_ends_with_an_error():
 
 def test_the_page_on_pypi_has_whole_addresses(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
+    monkeypatch.setitem(sys.modules, "links", None)  # so that it is gone again behind the test
+    del sys.modules["links"]
     released = runpy.run_path(str(ROOT / ".github" / "release_readme.py"))["released"]
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     made = released(page, "https://example.org/o/n/", "v1.2.3")

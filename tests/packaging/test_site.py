@@ -29,7 +29,9 @@ def stage():
         spec.loader.exec_module(module)
     finally:
         sys.path[:] = before
-    return module
+    yield module
+    for name in ("stage", "links"):  # other tests look at what is loaded
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
