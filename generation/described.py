@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .job import Job
 
 IN_MEMORY = "given in memory"
-_PLAIN = (str, int, float, bool, type(None))
+_PLAIN = (str, bool, type(None))
 
 
 def described(job: Job, name: Callable[[str], str] = str) -> dict[str, str]:
@@ -84,11 +84,11 @@ def call_text(function: Callable[..., Any], given: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     import torch
 
-    if isinstance(value, Real) and not isinstance(value, bool):  # numpy's among them
-        number = int(value) if isinstance(value, Integral) else float(value)
-        return repr(number) if math.isfinite(number) else f"float({str(number)!r})"
     if isinstance(value, _PLAIN):
         return repr(value)
+    if isinstance(value, Real):  # numpy's among them
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return repr(number) if math.isfinite(number) else f"float({str(number)!r})"
     if isinstance(value, os.PathLike):
         return repr(os.fspath(value))
     if isinstance(value, torch.dtype):

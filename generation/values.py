@@ -16,14 +16,14 @@ MAX_SEED = 2**63 - 1
 
 def whole_number(field: str, value: Any) -> int:
     """An int; 5.0 and numpy's numbers will do. Raise BadInput for anything else."""
-    if _is_number(value) and value == int(value):
+    if _is_whole(value):
         return int(value)
     raise BadInput(field, "it must be a whole number", value=repr(value))
 
 
 def count(field: str, value: Any) -> int:
     """A whole number of at least 1. Raise BadInput for anything else."""
-    if _is_number(value) and value == int(value) >= 1:
+    if _is_whole(value) and value >= 1:
         return int(value)
     raise BadInput(field, "it must be a whole number of at least 1", value=value)
 
@@ -92,6 +92,10 @@ def places(field: str, value: Any) -> list[str | Path]:
     if isinstance(found, list | tuple) and all(isinstance(place, str | os.PathLike) for place in found):
         return [place if isinstance(place, str) else Path(place) for place in found]
     raise BadInput(field, "it must be a file or a folder, or several in a list", value=repr(value))
+
+
+def _is_whole(value: Any) -> bool:
+    return _is_number(value) and bool(value == int(value))
 
 
 def _is_number(value: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import errno
 import functools
 import math
 import os
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..pipelines.whole_files import NotWritten, staged, writing
+from ..pipelines.whole_files import FULL, NotWritten, staged, writing
 from .sound import Sound
 from .wrapping import wrapped
 
@@ -86,7 +85,7 @@ def write_mp4(
         done = subprocess.run(command, input=frames.data.cast("B"), capture_output=True, start_new_session=True)
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip()
-            for number in (errno.ENOSPC, errno.EDQUOT):
+            for number in FULL:
                 if os.strerror(number) in said:
                     raise NotWritten(Path(path), OSError(number, os.strerror(number)))
             lines = said.splitlines()  # the first says what was wrong, the others what followed from it

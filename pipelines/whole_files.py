@@ -10,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of the system's errors where a disk, or a quota, is full."""
+
 
 class NotWritten(OSError):
     """A file or folder that could not be written, and the space that is left; `reason` is the error itself.
@@ -30,9 +33,8 @@ def lacks_room(error: BaseException | None) -> bool:
 
     Libraries that write in other languages have the number of the system's error in their text alone.
     """
-    full = (errno.ENOSPC, errno.EDQUOT)
     while error is not None:
-        if getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full):
+        if getattr(error, "errno", None) in FULL or any(f"(os error {number})" in str(error) for number in FULL):
             return True
         error = error.reason if isinstance(error, NotWritten) else error.__cause__
     return False

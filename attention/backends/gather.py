@@ -85,8 +85,7 @@ class GatherBackend(Backend):
             for h in range(heads):
                 of_q, of_kv = (slice(None) if heads == 1 else slice(at, at + 1) for at in (h, h // group))
                 some, others = queries[batch_slice, of_q], pairs[batch_slice, of_kv]
-                tiles = _Tiles(some, others, k.shape[-1], plan, bias, b, h, scratch, slopes)
-                entries.append((tiles, batch_slice, of_q))
+                entries.append((_Tiles(some, others, k.shape[-1], plan, bias, b, h, scratch), batch_slice, of_q))
         if not in_place:
             rows = [_join([e.attend(tile, None, scale, return_lse) for tile in e.tiles], 2) for e, _, _ in entries]
             out, lse = _join([_join(rows[at : at + heads], 1) for at in range(0, len(rows), heads)], 0)
@@ -103,7 +102,11 @@ class GatherBackend(Backend):
             entry, of_batch, of_heads, tile = piece
             start = entry.starts[tile]
             at = places.index[of_batch, of_heads, start : start + entry.lengths[tile]]
-            places.put(at, *entry.attend(tile, places.take(at), scale, return_lse))
+            own = places.take(at)
+            out, lse = entry.attend(tile, own, scale, return_lse)
+            if slopes and entry.stand_ins is not None:
+                out = entry.stand_ins.follow(out, own, tile)
+            places.put(at, out, lse)
 
         each(attend, work, small=_tiles_are_small(q, plan, len(work)))
         return places.out, places.lse
@@ -189,10 +192,9 @@ class _StandIns:
     Args:
         plan: with `skipped`. bias: its `stand_in_bias()`.
         dtype: of keys and values.
-        slopes: whether outputs follow them, where it has any.
     """
 
-    def __init__(self, plan: BlockPlan, bias: torch.Tensor, b: int, h: int, dtype: torch.dtype, slopes: bool) -> None:
+    def __init__(self, plan: BlockPlan, bias: torch.Tensor, b: int, h: int, dtype: torch.dtype) -> None:
         # A plan of one entry for all may have tables for each: its tiles are then worked on for all at once.
         lead = plan.run_start.shape[:2]
         own = [None if size == 1 else index for size, index in zip(lead, (b, h), strict=True)]
@@ -201,7 +203,7 @@ class _StandIns:
         self.tables = [x[_entry(x, 0, own[0]), _entry(x, 1, own[1])] for x in tables]
         self.bias = bias[_entry(bias, 0, own[0]), _entry(bias, 1, own[1])]
         self.slope, self.centre = (
-            None if x is None or not slopes else x[_entry(x, 0, own[0]), _entry(x, 1, own[1])]
+            None if x is None else x[_entry(x, 0, own[0]), _entry(x, 1, own[1])]
             for x in (plan.skipped.slope, plan.skipped.centre)
         )
         self.dtype, self.count, self.of_each_tile = dtype, self.bias.shape[-1], plan.skipped.of_each_tile
@@ -240,7 +242,6 @@ class _Tiles:
         key_width: D.
         bias: `plan.stand_in_bias()`, where it has stand-ins; made once for all entries.
         scratch: that all entries share.
-        slopes: whether outputs follow them, where stand-ins have any.
 
     Raises:
         ValueError: the tiles do not cover the queries.
@@ -256,10 +257,9 @@ class _Tiles:
         b: int,
         h: int,
         scratch: _Scratch,
-        slopes: bool,
     ) -> None:
         self.q, self.pairs, self.key_width = q, pairs, key_width
-        self.stand_ins = None if bias is None else _StandIns(plan, bias, b, h, pairs.dtype, slopes)
+        self.stand_ins = None if bias is None else _StandIns(plan, bias, b, h, pairs.dtype)
         self.starts, self.lengths = plan.tile_start[b, h].tolist(), plan.tile_len[b, h].tolist()
         self.run_starts, self.run_lengths = plan.run_start[b, h].tolist(), plan.run_len[b, h].tolist()
         if sum(self.lengths) != q.shape[2]:
@@ -289,10 +289,7 @@ class _Tiles:
         return dict(zip(firsts, self.q.split(sizes, 2), strict=True))
 
     def attend(self, tile: int, queries: torch.Tensor | None, scale: float, return_lse: bool) -> Result:
-        """The rows of a tile that is not empty, `queries [B', H', rows, D]`, or those of q where it is permuted.
-
-        Given queries, with what slopes add to them.
-        """
+        """The rows of a tile that is not empty, `queries [B', H', rows, D]`, or those of q where it is permuted."""
         start, length, runs = self.starts[tile], self.lengths[tile], self._runs(tile)
         if not runs and not self.extra:
             shape = (*self.q.shape[:2], length)
@@ -304,10 +301,7 @@ class _Tiles:
             pieces = [self.rows[row] for row in range(start, start + length, MAX_TILE_ROWS)]
         else:
             pieces = list(queries.split(MAX_TILE_ROWS, 2))
-        out, lse = _join([_attend(piece, keys, values, bias, scale, return_lse) for piece in pieces], 2)
-        if queries is not None and self.stand_ins is not None:
-            out = self.stand_ins.follow(out, queries, tile)
-        return out, lse
+        return _join([_attend(piece, keys, values, bias, scale, return_lse) for piece in pieces], 2)
 
     def _runs(self, tile: int) -> list[tuple[int, int]]:
         """Start and length of the runs of a tile that are not empty."""
