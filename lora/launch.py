@@ -37,7 +37,7 @@ def run(
     Raises:
         ConfigError: settings that cannot be used.
         CheckpointError: a checkpoint that cannot be written, read or continued.
-        Stopped: on SIGINT, SIGTERM or SIGUSR1; where training had begun, after a checkpoint.
+        Stopped: on SIGINT, SIGTERM, SIGHUP or SIGUSR1; where training had begun, after a checkpoint.
         Diverged: the loss or a weight is no number any more.
         OutOfMemory: of a GPU; the message says what takes less.
         OSError: the result cannot be written, or a clip that is measured is gone.

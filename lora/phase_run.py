@@ -77,7 +77,7 @@ class PhaseRun:
             keep: whether this process needs the result; see `PhaseState.result`.
 
         Raises:
-            Stopped: on SIGINT, SIGTERM or SIGUSR1, after a checkpoint.
+            Stopped: on SIGINT, SIGTERM, SIGHUP or SIGUSR1, after a checkpoint.
             Diverged: the loss or a weight is no number any more; no checkpoint is written of it.
             OutOfMemory: of the GPU, in a validation.
             CheckpointError: the last checkpoint cannot be written.

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1: a request that training sees between micro-batches, and that ends all else at once."""
+"""Signals that ask for a stop: training sees it between micro-batches, and all else ends at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ from typing import Any
 
 __all__ = ["SIGNALS", "StopRequested", "StopSignals", "Stopped"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
-"""Those that ask for a stop. SIGUSR1 is what Slurm sends some time before it ends a job (`--signal=USR1@120`)."""
+SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)),  # not on Windows
+)
+"""Those that ask for a stop. SIGHUP is sent where a terminal is closed, and SIGUSR1 is what Slurm sends some time before
+it ends a job (`--signal=USR1@120`)."""
+HANG_UP = getattr(signal, "SIGHUP", None)
 
 
 class Stopped(Exception):
@@ -32,13 +38,18 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self._at_once = self._warned = False
+        self._terminals: list[int] = []  # of standard output and error, those that one was at
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take the signals inside the block. Where Python cannot (not in the main thread), it changes nothing."""
+        """Take the signals inside the block, but for a SIGHUP that nohup has ignored. Where Python cannot (not in the
+        main thread), it changes nothing."""
         previous = {}
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         try:
             for number in SIGNALS:
+                if number == HANG_UP and signal.getsignal(number) is signal.SIG_IGN:
+                    continue
                 previous[number] = signal.signal(number, self._take)
         except ValueError:
             pass
@@ -64,6 +75,8 @@ class StopSignals:
             self._at_once = outer
 
     def _take(self, number: int, _: Any) -> None:
+        if number == HANG_UP:
+            self._leave_terminal()
         if self.requested:
             if number not in (signal.SIGINT, signal.SIGTERM):
                 return  # a warning that comes twice, as from Slurm to the step and by way of the script
@@ -80,3 +93,11 @@ class StopSignals:
         os.write(2, f"{signal.Signals(number).name}: {what}.\n".encode())
         if self._at_once:
             raise StopRequested
+
+    def _leave_terminal(self) -> None:
+        """Write nowhere from now on: to a terminal that is closed would fail, before the checkpoint is whole."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
+        self._terminals = []

@@ -137,7 +137,7 @@ class Trainer:
             ConfigError: what `recipe.prepare` refuses; or another run works in `out`.
             CheckpointError: nothing to resume from, other settings or data than then, or a last checkpoint that cannot
                 be written.
-            Stopped: on SIGINT, SIGTERM or SIGUSR1; where training had begun, after a checkpoint.
+            Stopped: on SIGINT, SIGTERM, SIGHUP or SIGUSR1; where training had begun, after a checkpoint.
             Diverged: the loss or a weight is no number any more.
             OutOfMemory: of a GPU; the message says what takes less.
             OSError: the result cannot be written.

@@ -291,6 +291,51 @@ def test_a_signal_before_a_block_ends_it_too():
         process.check_stop()
 
 
+CLOSED = """
+import fcntl, signal, sys, termios, time
+from pathlib import Path
+from vidaccel.lora.stopping import StopSignals
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signals = StopSignals()
+with signals.listening():
+    print("ready", flush=True)
+    for _ in range(500):
+        if signals.requested:
+            break
+        time.sleep(0.02)
+    print("saved", flush=True)
+    print("saved", file=sys.stderr, flush=True)
+    Path("saved").write_text(str(signals.requested))
+"""
+
+
+def test_where_a_terminal_is_closed_the_work_is_saved(tmp_path):
+    """What is written to a terminal that is gone fails, and so did the run before its checkpoint."""
+    master, terminal = os.openpty()
+    (tmp_path / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
+    command = [sys.executable, "-c", CLOSED]
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    child = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **streams)
+    os.close(terminal)
+    assert b"ready" in os.read(master, 100)
+    os.close(master)
+    assert child.wait(timeout=120) == 0
+    assert (tmp_path / "saved").read_text() == "True"
+
+
+def test_nohup_stays():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = StopSignals()
+        with signals.listening():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not signals.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture
 def launch(tmp_path):
     """Start the script with two processes; returns the launcher, whose output is read line by line."""
