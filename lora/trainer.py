@@ -19,6 +19,7 @@ import torch
 
 from ..generation.alone import alone
 from ..generation.errors import BadInput
+from ..generation.outputs import check_writable
 from ..pipelines.run_folder import RESULTS, SETTINGS
 from .begun_from import kept
 from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, remedy, save_tensors, save_text
@@ -134,7 +135,7 @@ class Trainer:
             What `recipe.finish` says; empty in processes other than the main one.
 
         Raises:
-            ConfigError: what `recipe.prepare` refuses; or another run works in `out`.
+            ConfigError: what `recipe.prepare` refuses; or nothing can be written to `out`, or another run works in it.
             CheckpointError: nothing to resume from, other settings or data than then, or a last checkpoint that cannot
                 be written.
             Stopped: on SIGINT, SIGTERM, SIGHUP or SIGUSR1; where training had begun, after a checkpoint.
@@ -175,7 +176,7 @@ class Trainer:
                 check_phase(phase, device, sharded)
             if compiles:
                 check_compiler(device, sharded)
-            self._in_main(lambda: self._take_folder() if self.out.exists() else None)
+            self._in_main(self._look_at_folder)
             start = self._start(resume, phases)
             if start.checkpoint is not None:
                 self.recipe.began_with = start.checkpoint.state.get("inputs", {})
@@ -217,6 +218,15 @@ class Trainer:
                 refused = error
         if self.process.any(refused is not None):
             raise refused or ConfigError(f"out: {self.out} cannot be used; the first process says why.")
+
+    def _look_at_folder(self) -> None:
+        """Refuse an `out` that nothing can be written to, before models and clips take their time."""
+        try:
+            check_writable("out", self.out / SETTINGS, value=self.out)
+        except BadInput as error:
+            raise ConfigError(str(error)) from error
+        if self.out.exists():
+            self._take_folder()
 
     def _take_folder(self) -> None:
         """See that no other run works in `out`, and that none will while this one lasts.

@@ -182,6 +182,17 @@ def test_a_result_is_not_overwritten(tiny_settings, run_tiny, tmp_path):
         run_tiny(tiny_settings())
 
 
+def test_a_folder_that_nothing_can_be_written_to_is_refused_at_once(tiny_settings, run_tiny, monkeypatch, tiny_recipe):
+    """Python's own error came when models were loaded and clips encoded."""
+    monkeypatch.setattr(tiny_recipe, "prepare", lambda self: pytest.fail("it began to prepare"))
+    settings = tiny_settings("run")
+    file = Path(settings.out)
+    file.write_text("a file")
+    with pytest.raises(ConfigError, match=r"^out is .*run: .*run is a file, so nothing .* Give another folder\.$"):
+        run_tiny(settings)
+    assert file.read_text() == "a file"
+
+
 def test_two_runs_in_one_folder(tiny_settings, run_tiny, tiny_recipe, tmp_path, monkeypatch):
     """Both were accepted until the first checkpoint, and wrote into one log."""
     with alone(tmp_path / "run"), pytest.raises(ConfigError, match=rf"process {os.getpid()} on .* trains in it\. Wait"):
