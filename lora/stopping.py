@@ -15,8 +15,8 @@ SIGNALS = (
     signal.SIGTERM,
     *(getattr(signal, name) for name in ("SIGHUP", "SIGUSR1") if hasattr(signal, name)),  # not on Windows
 )
-"""Those that ask for a stop. SIGHUP is sent where a terminal is closed, and SIGUSR1 is what Slurm sends some time before
-it ends a job (`--signal=USR1@120`)."""
+"""Those that ask for a stop. SIGHUP is sent where a terminal is closed. SIGUSR1 is what Slurm sends some time before it
+ends a job (`--signal=USR1@120`)."""
 HANG_UP = getattr(signal, "SIGHUP", None)
 
 

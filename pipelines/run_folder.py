@@ -141,6 +141,22 @@ def model_path(location: str | Path) -> Path:
     return path
 
 
+def autoencoder_path(location: str | Path) -> Path:
+    """The folder of an autoencoder, from it or the folder of the run that made it; the location itself otherwise.
+
+    Raises:
+        NoAdapter: a run that makes none, or has made none yet.
+    """
+    path = Path(location).expanduser()
+    if (path / "config.json").is_file():
+        return path
+    if (path / "autoencoder" / "config.json").is_file():
+        return path / "autoencoder"
+    if (path / SETTINGS).is_file() and (path / CHECKPOINTS).is_dir():
+        raise NoAdapter(f"{path} is the folder of a training that has written no autoencoder (no autoencoder/ in it).")
+    return path
+
+
 def _newest(run: Path, has: Callable[[Path], bool]) -> Path | None:
     """Of the checkpoints of a run, or of the folder that they are in, the last one that has something."""
     return next(reversed(in_order(filter(has, _checkpoints(run)))), None)

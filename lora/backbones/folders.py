@@ -17,7 +17,7 @@ from ...autoencoders.file_modes import as_new_files
 from ...pipelines.json_files import write_json
 from ...pipelines.locations import is_hub_id
 from ...pipelines.quiet_logs import only_logs
-from ...pipelines.run_folder import NoAdapter, model_path
+from ...pipelines.run_folder import NoAdapter, autoencoder_path, model_path
 from ...pipelines.weight_files import transformer_files, transformer_tensors
 from ..checkpoint import replaced
 from ..config import ConfigError
@@ -36,14 +36,14 @@ __all__ = [
 
 
 def located(location: str, setting: str, *built_in: str, part: str = "") -> str:
-    """Where a model is: a folder or hub id as it is, of the folder of a run the model that it made (of a pipeline), and
-    the folder of a built-in one.
+    """Where a model is: a folder or hub id as it is, of the folder of a run the model that it made, and the folder of a
+    built-in one.
 
     Args:
         location: as the user wrote it.
         setting: that names it, for the message.
         built_in: names of the built-in pipelines that have such a model.
-        part: of such a pipeline.
+        part: of such a pipeline, an autoencoder; "" for a whole one.
 
     Raises:
         ConfigError: none of them; or a run that makes no model, or has none yet.
@@ -52,12 +52,12 @@ def located(location: str, setting: str, *built_in: str, part: str = "") -> str:
 
     if location in built_in:
         return str(demo.path(location) / part)
-    if Path(location).is_dir() and not part:
+    if Path(location).is_dir():
         try:
-            return str(model_path(location))
+            return str(autoencoder_path(location) if part else model_path(location))
         except NoAdapter as error:
             raise ConfigError(f"{setting}: {error}") from error
-    if Path(location).is_dir() or is_hub_id(location):
+    if is_hub_id(location):
         return location
     if Path(location).is_file() and part == "vae":
         raise ConfigError(

@@ -225,3 +225,17 @@ def test_missing_models_are_named(tmp_path, text_base, autoencoder_folder):
         WanBackbone(str(tmp_path / "nowhere"), str(autoencoder_folder))
     with pytest.raises(ConfigError, match="nowhere has no readable config.json of a AutoencoderDCV"):
         WanBackbone(str(text_base), str(tmp_path / "nowhere"))
+
+
+def test_the_run_of_an_autoencoder_stands_for_it(tmp_path, autoencoder_folder):
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text("recipe: autoencoder\n")
+    with pytest.raises(
+        ConfigError, match=r"^model\.autoencoder: .*run is the folder of a training that has written no auto"
+    ):
+        located(str(run), "model.autoencoder", "demo-dc", part="vae")
+    shutil.copytree(autoencoder_folder, run / "autoencoder")
+    place = located(str(run), "model.autoencoder", "demo-dc", part="vae")
+    assert place == str(run / "autoencoder") == located(place, "model.autoencoder", "demo-dc", part="vae")
+    assert read_config(AutoencoderDCV, place)
