@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from . import demo, generate, info, models, presets, tune
-from .terminal import show_what_can_be_shown
+from .terminal import not_printed, show_what_can_be_shown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -18,7 +18,14 @@ def main() -> None:
     # Before torch is imported: OpenMP threads that spin between small operations make a small model many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     show_what_can_be_shown()
-    app(prog_name="vidaccel")
+    try:
+        app(prog_name="vidaccel")
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        # Of a table or the help: commands that make files say so themselves.
+        typer.echo(f"Error: {not_printed(error)}", err=True)
+        raise SystemExit(1) from None
 
 
 def _print_version(asked: bool) -> None:

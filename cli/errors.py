@@ -13,7 +13,6 @@ from ..pipelines.whole_files import NotWritten
 from .terminal import not_printed
 
 _NAMES = {
-    "prompt": "PROMPT",
     "settings": "--set",
     "pipeline_options": "--pipeline-option",
     "tiling": "--vae-tiling",

@@ -47,6 +47,15 @@ def test_what_was_measured_is_written_where_it_cannot_be_printed(tiny_model, tmp
     assert made <= set(os.listdir(tmp_path))
 
 
+@pytest.mark.parametrize("arguments", [["methods"], ["--version"]])
+def test_a_full_disk_behind_a_table_is_one_line(child_environment, arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vidaccel", *arguments]
+        done = subprocess.run(command, env=child_environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr == "Error: standard output takes no more (No space left on device).\n"
+
+
 def test_what_was_measured_is_printed_where_it_cannot_be_written(capsys):
     with pytest.raises(RuntimeError, match="disk"), then_printed(lambda: print("table"), "page: w.html"):
         raise RuntimeError("disk")
