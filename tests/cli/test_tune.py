@@ -32,7 +32,9 @@ def test_a_budget_that_nothing_meets_is_no_success(vidaccel, tmp_path, monkeypat
     assert (tmp_path / "t" / "tune.html").is_file() and not (tmp_path / "t" / "preset.yaml").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_says_how_to_go_on(vidaccel, tmp_path, monkeypatch, number, code):
     command = ("tune", PROMPT, "--min-psnr", 1, "--out", tmp_path / "my tune", *CACHE_ALONE, *SMALL)
     monkeypatch.setattr("sys.argv", ["/bin/vidaccel", *map(str, command)])

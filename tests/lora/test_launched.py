@@ -71,7 +71,7 @@ def eager(monkeypatch) -> Iterator[list[str]]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("recipe", ["lora", "gft"])
+@pytest.mark.parametrize("recipe", ["lora", pytest.param("gft", marks=pytest.mark.slow)])
 def test_the_blocks_alone_are_compiled(tmp_path, text_base, eager, recipe):
     """The result is that of a plain training, with its names, and one may be resumed as the other."""
     more = {"gft": {"max_scale": 4}} if recipe == "gft" else {}

@@ -352,7 +352,7 @@ def test_fused_projections_are_refused(pipe, adapter):
     assert torch.equal(made(pipe), before)
 
 
-@pytest.mark.parametrize(("what", "merge"), [("blocks", True), ("whole", False)])
+@pytest.mark.parametrize(("what", "merge"), [("blocks", True), pytest.param("whole", False, marks=pytest.mark.slow)])
 def test_compiled(pipe, gated, what, merge):
     wanted = {scale: beside(pipe, gated, scale=scale) for scale in (5.0, 2.0)}
     torch._dynamo.reset()
@@ -366,7 +366,7 @@ def test_compiled(pipe, gated, what, merge):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize(("what", "merge"), [("blocks", False), ("whole", True)])
+@pytest.mark.parametrize(("what", "merge"), [("blocks", False), pytest.param("whole", True, marks=pytest.mark.slow)])
 def test_compiled_and_run_before_it_comes(pipe, gated, what, merge):
     """torch does not look at hooks again."""
     wanted, before = beside(pipe, gated), made(pipe)

@@ -100,6 +100,7 @@ def test_a_hook_that_was_there_before_stays(cache, counter):
     assert generate(pipe).equal(expected) and not expected.equal(generate(make_pipe()))
 
 
+@pytest.mark.slow
 def test_more_shapes_than_torch_compiles_by_itself(counter):
     pipe, shapes = make_pipe(), [(frames, size) for frames in (5, 9, 13) for size in (32, 64, 96)]
     with vidaccel.apply(pipe, Preset(compile=Compile(dynamic=False))):

@@ -128,10 +128,16 @@ def _parts_15(**more: Any) -> dict[str, Any]:
     return parts(transformer, **own, **more)
 
 
+def _few_tokens(pipe: Any) -> Any:
+    """Prompts of 32 and 16 tokens and pictures of 9, in place of 1,000, 256 and 729: most of a tiny run."""
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 32, 16, 9
+    return pipe
+
+
 def hunyuan_15() -> Any:
-    return diffusers.HunyuanVideo15Pipeline(**_parts_15())
+    return _few_tokens(diffusers.HunyuanVideo15Pipeline(**_parts_15()))
 
 
 def hunyuan_15_image() -> Any:
     eyes = {"image_encoder": siglip_vision(), "feature_extractor": siglip_pictures()}
-    return diffusers.HunyuanVideo15ImageToVideoPipeline(**_parts_15(**eyes))
+    return _few_tokens(diffusers.HunyuanVideo15ImageToVideoPipeline(**_parts_15(**eyes)))
