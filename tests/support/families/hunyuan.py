@@ -129,8 +129,8 @@ def _parts_15(**more: Any) -> dict[str, Any]:
 
 
 def _few_tokens(pipe: Any) -> Any:
-    """Prompts of 32 and 16 tokens and pictures of 9, in place of 1,000, 256 and 729: most of a tiny run."""
-    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 32, 16, 9
+    """Prompts of 128 and 32 tokens and pictures of 9, in place of 1,000, 256 and 729: most of a tiny run."""
+    pipe.tokenizer_max_length, pipe.tokenizer_2_max_length, pipe.vision_num_semantic_tokens = 128, 32, 9
     return pipe
 
 
