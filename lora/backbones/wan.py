@@ -196,11 +196,12 @@ def _check_fit(base: str, config: Mapping, vae: Mapping, index: Mapping) -> bool
         raise ConfigError(
             f"model.base: {base} has a {config.get('_class_name')}; ae_adapt takes WanTransformer3DModel."
         )
-    if index.get("expand_timesteps") or (index.get("transformer_2") or [None])[0] is not None:
-        raise ConfigError(
-            f"model.base: {base} is a Wan 2.2 model with two transformers or a timestep for each token, which "
-            "DCVideoGenPipeline does not do: give a Wan 2.1 model."
-        )
+    two = (index.get("transformer_2") or [None])[0] is not None
+    if index.get("expand_timesteps") or two:
+        what = "two transformers, and ae_adapt trains one"
+        if not two:
+            what = "a timestep for each token (expand_timesteps), which DCVideoGenPipeline does not do"
+        raise ConfigError(f"model.base: {base} is a Wan 2.2 model with {what}: give a Wan 2.1 model.")
     z, given = int(vae.get("z_dim", 16)), int(config["in_channels"])
     if given not in (z, 2 * z + 4) or int(config["out_channels"]) != z:
         raise ConfigError(

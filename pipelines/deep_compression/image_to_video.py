@@ -6,6 +6,7 @@ classes complain on import, and text to video has no use for them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ from torch.nn import functional
 from ...autoencoders import AutoencoderDCV
 from .canvas import Canvas
 from .constructor import constructor_of
-from .outputs import ToldVideo, check_output
+from .outputs import check_output
 from .text_to_video import DCVideoGen, videos_of
 
 
@@ -70,7 +71,8 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         videos = videos_of(prompt, kwargs)
         canvas = self._canvas(num_frames, height, width, videos, output_type != "latent")
         self._check_images(_count(image), _count(last_image), videos)
-        with self._pictures_on(canvas), one_state_a_video(self.transformer, _count(image), _count(last_image)):
+        transformers = [model for model in (self.transformer, self.transformer_2) if model is not None]
+        with self._pictures_on(canvas), one_state_a_video(transformers, _count(image), _count(last_image)):
             output = super().__call__(
                 image,
                 prompt,
@@ -110,7 +112,7 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
     def _pictures_on(self, canvas: Canvas) -> Iterator[None]:
         """While this is open, pictures that the autoencoder encodes are put on a canvas."""
         usual = self.video_processor
-        self.video_processor = OnCanvas.of(canvas)
+        self.video_processor = OnCanvas.of(canvas, usual)
         try:
             yield
         finally:
@@ -155,17 +157,23 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
         return latents, condition.repeat_interleave(batch_size // image.shape[0], dim=0)
 
 
-class OnCanvas(ToldVideo):
-    """Resizes pictures to the video, whatever size is asked for, and extends them to its canvas."""
+class OnCanvas(VideoProcessor):
+    """Resizes pictures to the video, whatever size is asked for, and extends them to its canvas; what becomes of the
+    video is up to the pipeline's usual processor.
+    """
 
     canvas: Canvas
+    usual: VideoProcessor
 
     @classmethod
-    def of(cls, canvas: Canvas) -> OnCanvas:
+    def of(cls, canvas: Canvas, usual: VideoProcessor) -> OnCanvas:
         # That of the autoencoder would round the size of the video down.
         processor = cls(vae_scale_factor=1)
-        processor.canvas = canvas
+        processor.canvas, processor.usual = canvas, usual
         return processor
+
+    def postprocess_video(self, video: torch.Tensor, output_type: str = "np") -> Any:
+        return self.usual.postprocess_video(video, output_type)
 
     def preprocess(self, image: Any, height: int | None = None, width: int | None = None, **_: Any) -> torch.Tensor:
         """Pixels `[B, 3, H, W]` in [-1, 1]; those of a list may have a size and a kind each."""
@@ -177,14 +185,14 @@ class OnCanvas(ToldVideo):
 
 
 @contextmanager
-def one_state_a_video(transformer: torch.nn.Module | None, first: int, last: int) -> Iterator[None]:
+def one_state_a_video(transformers: list[torch.nn.Module], first: int, last: int) -> Iterator[None]:
     """While this is open, every video of a batch comes with the image encoder's states of its own pictures.
 
     diffusers repeats the states of all pictures as often as there are prompts, which is right for one picture and one
     video a prompt.
 
     Args:
-        transformer: that is given the states, if any, as `[repetitions * (first + last), N, D]`.
+        transformers: that are given the states, if any, as `[repetitions * (first + last), N, D]`.
         first, last: how many pictures videos begin and end with, for all videos; the first ones come first.
     """
 
@@ -197,14 +205,13 @@ def one_state_a_video(transformer: torch.nn.Module | None, first: int, last: int
         spread = [part.repeat_interleave(videos // len(part), dim=0) for part in kinds]
         return args, {**kwargs, "encoder_hidden_states_image": torch.stack(spread, dim=1).flatten(0, 1)}
 
-    if transformer is None:
-        yield
-        return
-    hook = transformer.register_forward_pre_hook(arrange, with_kwargs=True)
+    # A set: what stands in both places is called once a step.
+    hooks = [model.register_forward_pre_hook(arrange, with_kwargs=True) for model in set(transformers)]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _count(image: Any) -> int:
@@ -236,13 +243,24 @@ def _coloured(image: Any, name: str) -> Any:
             f"{name} is {list(image.shape)}: a tensor must be [3, H, W] or [B, 3, H, W], and an array [H, W, 3] or "
             "[B, H, W, 3]."
         )
+    if 0 in image.shape:
+        raise ValueError(f"{name} is {list(image.shape)}, which has no pixels: give at least one picture of 1x1.")
     dtype = str(image.dtype).removeprefix("torch.")
     if dtype == "uint8":
         return (image.float() if isinstance(image, torch.Tensor) else image.astype(np.float32)) / 255
     if not dtype.startswith(("float", "bfloat")):
         raise ValueError(f"{name} has numbers of {dtype}: give floats in [0, 1], or bytes (uint8).")
-    if image.max() > 2:  # those of a picture that was resized may exceed 1 a little
-        raise ValueError(f"{name} has numbers up to {float(image.max()):g}: give floats in [0, 1], or bytes (uint8).")
+    low, high = float(image.min()), float(image.max())
+    if not math.isfinite(high - low):
+        raise ValueError(f"{name} has NaN or infinite numbers: give floats in [0, 1], or bytes (uint8).")
+    # Those of a picture that was resized may go a little beyond.
+    if high > 2:
+        raise ValueError(f"{name} has numbers up to {high:g}: give floats in [0, 1], or bytes (uint8).")
+    if low < -1.5:
+        raise ValueError(
+            f"{name} has numbers down to {low:g}, as one that was normalised for an image encoder: give floats in "
+            "[0, 1] or [-1, 1], or bytes (uint8)."
+        )
     return image
 
 
@@ -273,20 +291,21 @@ def image_condition(
         last_image: like `image`, the last frame.
 
     Raises:
-        ValueError: `last_image` for a video of one latent frame.
+        ValueError: `last_image` for a video of which the first image takes all frames.
     """
     temporal, pad = vae.temporal_compression_ratio, vae.config.pad_frames
     frames = latent_frames * temporal - pad
-    if last_image is not None and latent_frames < 2:
+    # The frames of the first latent frame, which begins with the padding; at least the one that the padding repeats.
+    first = max(temporal - pad, 1)
+    if last_image is not None and frames <= first:
         raise ValueError(
-            f"The video has {frames} frames, one latent frame, which shows the first image: with last_image give "
-            f"num_frames of at least {frames + 1}."
+            f"The video has {frames} frames, of which the first image takes {first}: with last_image give num_frames "
+            f"of at least {frames + 1}."
         )
     video = image.new_zeros(image.shape[0], image.shape[1], frames, *image.shape[2:])
-    # The frames of the first latent frame, which begins with the padding.
-    video[:, :, : max(temporal - pad, 1)] = image.unsqueeze(2)
+    video[:, :, :first] = image.unsqueeze(2)
     if last_image is not None:
-        video[:, :, -temporal:] = last_image.unsqueeze(2)
+        video[:, :, max(frames - temporal, first) :] = last_image.unsqueeze(2)
     # Not vae.device: with offloading its weights are elsewhere until it runs.
     video = video.to(get_module_execution_device(vae), vae.dtype)
     encoded = vae.encode(video).latent * vae.config.scaling_factor

@@ -22,30 +22,54 @@ def check_output(output_type: Any) -> None:
         )
 
 
-def _tell_of_no_picture(pixels: torch.Tensor, what: str) -> None:
+def processor_for(pipe: Any, present: Any, own: Any, factor: int) -> Any:
+    """The processor of pixels for an autoencoder that reduces a side by `factor`: one of a class of ours, in the place
+    of diffusers' or ours for another autoencoder. One of the user's own class stays.
+
+    Args:
+        pipe: the pipeline. present: its processor. own: our class.
+    """
+    if type(present) not in own.__mro__:
+        return present
+    made = own.from_config(present.config, vae_scale_factor=factor)
+    made.halves = tuple(
+        name
+        for name, part in pipe.components.items()
+        if isinstance(part, torch.nn.Module) and getattr(part, "dtype", None) == torch.float16
+    )
+    return made
+
+
+def _tell_of_no_picture(pixels: torch.Tensor, what: str, halves: tuple[str, ...]) -> None:
     low, high = pixels.aminmax()
     if not (high - low).isfinite():
-        logger.warning(
-            "%s NaN or infinite values in %s: load the pipeline in another dtype (bfloat16 or float32); float16 "
-            "overflows in models that were trained in bfloat16.",
-            what,
-            pixels.dtype,
-        )
+        advice = "nothing here is in float16, so look at the weights, the LoRAs and the embeddings that it was given"
+        if halves:
+            advice = (
+                f"{' and '.join(halves)} in float16 may have overflowed, as models that were trained in bfloat16 do: "
+                "load the pipeline in bfloat16 or float32"
+            )
+        logger.warning("%s NaN or infinite values in %s: %s.", what, pixels.dtype, advice)
 
 
 class ToldVideo(VideoProcessor):
     """Says of a video that it has no picture; as pixels of PIL it would be black."""
 
+    halves: tuple[str, ...] = ()
+    """Components in float16."""
+
     def postprocess_video(self, video: torch.Tensor, output_type: str = "np") -> Any:
-        _tell_of_no_picture(video, "The video has")
+        _tell_of_no_picture(video, "The video has", self.halves)
         return super().postprocess_video(video, output_type)
 
 
 class ToldPictures(VaeImageProcessor):
     """The same of pictures."""
 
+    halves: tuple[str, ...] = ()
+
     def postprocess(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        _tell_of_no_picture(image, "The pictures have")
+        _tell_of_no_picture(image, "The pictures have", self.halves)
         return super().postprocess(image, *args, **kwargs)
 
 

@@ -37,8 +37,12 @@ from .adapted import load_adapted, own_base
 from .adapted_images import FLUX, SANA
 from .adapter_folder import AdapterError, is_adapter, is_of_pictures, read_facts
 from .canvas import Canvas
-from .outputs import ToldPictures, ToldSanaPictures, check_output
+from .given_latents import check_latents
+from .outputs import ToldPictures, ToldSanaPictures, check_output, processor_for
 from .published_files import hub_options, read_json
+
+_LATENTS = "picture takes {}: [pictures, channels, rows, columns]"
+_TOKENS = "picture takes tokens {}: [pictures, rows * columns, channels]"
 
 
 def _canvas(pipe: Any, height: int, width: int, channels: int, multiple: int = 1) -> Canvas:
@@ -55,7 +59,11 @@ def _canvas(pipe: Any, height: int, width: int, channels: int, multiple: int = 1
             f"The transformer makes {channels} channels and the autoencoder has {pipe.vae.config.latent_channels}: "
             "they do not belong together."
         )
-    factor = math.lcm(pipe.vae.spatial_compression_ratio, multiple)
+    # Of the autoencoder that is there now: diffusers reads these when a pipeline is made, maybe with another one.
+    ratio = pipe.vae.spatial_compression_ratio
+    pipe.vae_scale_factor = ratio // pipe._patch
+    pipe.image_processor = processor_for(pipe, pipe.image_processor, pipe._processor_class, ratio)
+    factor = math.lcm(ratio, multiple)
     return Canvas.for_video(1, height, width, patch=(1, 1, 1), spatial=factor, temporal=1)
 
 
@@ -84,6 +92,10 @@ def _cropped(images: Any, canvas: Canvas) -> Any:
 class DCGenFluxPipeline(FluxPipeline):
     """FLUX with `AutoencoderDC`: each latent pixel (32x32 or 64x64 pixels) is a token, without the packing of 2x2."""
 
+    # The parent counts two latent pixels a token: half the factor gives one token a latent pixel, of all channels.
+    _patch = 2
+    _processor_class = ToldPictures
+
     def __init__(
         self,
         scheduler: FlowMatchEulerDiscreteScheduler,
@@ -110,9 +122,10 @@ class DCGenFluxPipeline(FluxPipeline):
             image_encoder=image_encoder,
             feature_extractor=feature_extractor,
         )
-        # The parent counts two latent pixels a token: half the factor gives one token a latent pixel, of all channels.
-        self.vae_scale_factor = vae.spatial_compression_ratio // 2 if vae is not None else 16
-        self.image_processor = ToldPictures(vae_scale_factor=self.vae_scale_factor * 2)
+        # As `_canvas` has them, which sets them to the autoencoder that is there then.
+        ratio = vae.spatial_compression_ratio if vae is not None else 32
+        self.vae_scale_factor = ratio // self._patch
+        self.image_processor = ToldPictures(vae_scale_factor=ratio)
         self.tokenizer_max_length = tokenizer.model_max_length if tokenizer is not None else 77
         self.default_sample_size = 64
 
@@ -131,9 +144,11 @@ class DCGenFluxPipeline(FluxPipeline):
         Args:
             height, width: pixels, any number. What the model cannot do is made larger and cropped in the middle.
             output_type: "latent" gives scaled latents `[B, C, H/f, W/f]` of the canvas.
+            latents: noise, as "latent" gives latents or as tokens, `[B, H/f * W/f, C]`.
 
         Raises:
-            ValueError: sizes under 1, an unknown `output_type`, or parts that do not belong together.
+            ValueError: sizes under 1, an unknown `output_type`, latents of another shape or that are not finite, or
+                parts that do not belong together.
         """
         check_output(output_type)
         canvas = _canvas(self, height, width, _transformer(self).out_channels)
@@ -148,11 +163,41 @@ class DCGenFluxPipeline(FluxPipeline):
             self.maybe_free_model_hooks()
         return FluxPipelineOutput(images=images) if return_dict else (images,)
 
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Noise as tokens `[B, H/f * W/f, C]`, and the place of each.
+
+        Raises:
+            ValueError: latents that `check_latents` refuses.
+        """
+        if latents is not None:
+            factor, channels = self.vae.spatial_compression_ratio, self.vae.config.latent_channels
+            rows, columns = height // factor, width // factor
+            if isinstance(latents, torch.Tensor) and latents.ndim == 3:
+                check_latents(latents, (batch_size, rows * columns, channels), _TOKENS)
+            else:
+                check_latents(latents, (batch_size, channels, rows, columns), _LATENTS)
+                latents = latents.flatten(2).transpose(1, 2)
+        return super().prepare_latents(
+            batch_size, num_channels_latents, height, width, dtype, device, generator, latents
+        )
+
 
 class DCGenSanaPipeline(SanaPipeline):
     """SANA with a deeper `AutoencoderDC` (f64c128) than its own (f32c32), at any size."""
 
     image_processor: PixArtImageProcessor
+    _patch = 1
+    _processor_class = ToldSanaPictures
 
     @torch.no_grad()
     def __call__(
@@ -169,16 +214,16 @@ class DCGenSanaPipeline(SanaPipeline):
 
         Args:
             height, width: pixels, any number. What the model cannot do is made larger and cropped in the middle.
-            output_type: "latent" gives scaled latents of the canvas.
+            output_type: "latent" gives scaled latents `[B, C, H/f, W/f]` of the canvas.
+            latents: noise `[B, C, H/f, W/f]`.
             use_resolution_binning: off, since it would make another size and scale the picture.
 
         Raises:
-            ValueError: sizes under 1, an unknown `output_type`, or parts that do not belong together.
+            ValueError: sizes under 1, an unknown `output_type`, latents of another shape or that are not finite, or
+                parts that do not belong together.
         """
         check_output(output_type)
         canvas = _canvas(self, height, width, _transformer(self).config.out_channels, multiple=32)
-        if type(self.image_processor) is PixArtImageProcessor:  # of the parent's constructor, and nobody's own
-            self.image_processor = ToldSanaPictures(vae_scale_factor=self.vae_scale_factor)
         images = super().__call__(
             *args,
             height=canvas.height,
@@ -191,6 +236,30 @@ class DCGenSanaPipeline(SanaPipeline):
         if output_type != "latent":
             images = _cropped(images, canvas)
         return SanaPipelineOutput(images=images) if return_dict else (images,)
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        num_channels_latents: int,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Noise `[B, C, H/f, W/f]`.
+
+        Raises:
+            ValueError: latents that `check_latents` refuses.
+        """
+        if latents is not None:
+            factor = self.vae_scale_factor
+            shape = (batch_size, num_channels_latents, height // factor, width // factor)
+            check_latents(latents, shape, _LATENTS)
+        return super().prepare_latents(
+            batch_size, num_channels_latents, height, width, dtype, device, generator, latents
+        )
 
 
 _FAMILIES = {

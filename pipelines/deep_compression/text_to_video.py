@@ -19,7 +19,8 @@ from ...autoencoders.memory import decoding_bytes, default_tile, memory_to_decod
 from ..undo import TINY_DECODER
 from .canvas import Canvas
 from .constructor import constructor_of
-from .outputs import ToldVideo, check_output
+from .given_latents import check_latents
+from .outputs import ToldVideo, check_output, processor_for
 from .published import PublishedLayoutMixin
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class DCVideoGen(PublishedLayoutMixin):
         # Of the autoencoder that is there now: diffusers reads these when a pipeline is made, maybe with another one.
         self.vae_scale_factor_spatial = self.vae.spatial_compression_ratio
         self.vae_scale_factor_temporal = self.vae.temporal_compression_ratio
-        self.video_processor = ToldVideo(vae_scale_factor=self.vae_scale_factor_spatial)
+        self.video_processor = processor_for(self, self.video_processor, ToldVideo, self.vae_scale_factor_spatial)
         canvas = Canvas.for_video(
             frames,
             height,
@@ -135,7 +136,7 @@ class DCVideoGen(PublishedLayoutMixin):
         """Noise `[B, C, T, H, W]`: new, or `latents`.
 
         Raises:
-            ValueError: not as many generators as videos, or latents of another shape.
+            ValueError: not as many generators as videos, or latents that `check_latents` refuses.
         """
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -145,11 +146,7 @@ class DCVideoGen(PublishedLayoutMixin):
         shape = (batch_size, channels, (frames - 1) // temporal + 1, height // factor, width // factor)
         if latents is None:
             return randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        if tuple(latents.shape) != shape:
-            raise ValueError(
-                f"latents is {list(latents.shape)}, and this video takes {list(shape)}: [videos, channels, latent "
-                "frames, rows, columns]."
-            )
+        check_latents(latents, shape, "video takes {}: [videos, channels, latent frames, rows, columns]")
         return latents.to(device=device, dtype=dtype)
 
     def _cropped(self, output: Any, canvas: Canvas, output_type: str | None, return_dict: bool) -> Any:

@@ -208,6 +208,18 @@ def test_a_base_that_does_not_fit(tmp_path, text_base, autoencoder_folder, part,
         WanBackbone(str(base), str(autoencoder_folder))
 
 
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("two stages", "a Wan 2.2 model with two transformers, and ae_adapt trains one: give a Wan 2.1 model"),
+        ("timestep for each token", r"with a timestep for each token \(expand_timesteps\), which DCVideoGenPipeline"),
+    ],
+)
+def test_wan_2_2_is_told_why(wan_bases, autoencoder_folder, kind, words):
+    with pytest.raises(ConfigError, match=words):
+        WanBackbone(str(wan_bases[kind]), str(autoencoder_folder))
+
+
 def test_an_autoencoder_that_does_not_fit(tmp_path, text_base, autoencoder_folder):
     for cls in ("AutoencoderDC", "AutoencoderKLWan"):
         (tmp_path / "config.json").write_text(json.dumps({"_class_name": cls}))

@@ -42,7 +42,7 @@ def test_on_a_larger_canvas_the_edge_of_the_picture_is_repeated(image_pipe):
     pixels = torch.rand(1, 3, 20, 48)
     canvas = image_pipe._canvas(8, 20, 48)
     left, right, top, bottom = canvas.margins
-    on_canvas = OnCanvas.of(canvas).preprocess(pixels) / 2 + 0.5
+    on_canvas = OnCanvas.of(canvas, image_pipe.video_processor).preprocess(pixels) / 2 + 0.5
     wanted = pixels.numpy()
     wanted = np.pad(wanted, ((0, 0), (0, 0), (top, bottom), (left, right)), mode="edge")
     np.testing.assert_allclose(on_canvas.numpy(), wanted, atol=1e-6)
@@ -53,7 +53,7 @@ def test_on_a_larger_canvas_the_edge_of_the_picture_is_repeated(image_pipe):
 @pytest.mark.parametrize(("height", "width"), [(50, 60), (70, 33), (64, 40)])
 def test_a_picture_of_the_asked_size_is_not_resized(image_pipe, height, width):
     picture, canvas = make_picture(height, width), image_pipe._canvas(8, height, width)
-    on_canvas = OnCanvas.of(canvas).preprocess(picture)
+    on_canvas = OnCanvas.of(canvas, image_pipe.video_processor).preprocess(picture)
     assert on_canvas.shape == (1, 3, canvas.height, canvas.width)
     cropped = canvas.crop(on_canvas[:, None])[0, 0].permute(1, 2, 0)
     np.testing.assert_allclose((cropped.numpy() + 1) * 127.5, np.asarray(picture), atol=1e-4)
@@ -107,8 +107,22 @@ def test_a_last_image(image_pipe, height):
 
 
 def test_a_last_image_needs_a_second_latent_frame(image_pipe):
-    with pytest.raises(ValueError, match="4 frames, one latent frame.*num_frames of at least 5"):
+    with pytest.raises(ValueError, match="4 frames, of which the first image takes 4.*num_frames of at least 5"):
         generate_dc(image_pipe, 4, image=make_picture(), last_image=make_picture())
+
+
+def test_a_last_image_leaves_the_first_its_frames():
+    """Padding of more than a latent frame leaves the first image one frame, which the padding repeats."""
+    vae, videos = make_autoencoder(**DEEP, pad_frames=5), []
+    encode = vae.encode
+    vae.encode = lambda x, **more: (videos.append(x), encode(x, **more))[1]
+    first, last = torch.full((1, 3, 32, 32), -0.5), torch.full((1, 3, 32, 32), 0.5)
+    for latent_frames, wanted in ((2, [-0.5, 0.5, 0.5]), (3, [-0.5, 0.0, 0.0, 0.5, 0.5, 0.5, 0.5])):
+        image_condition(vae, first, latent_frames, last)
+        assert videos.pop()[0, 0, :, 0, 0].tolist() == wanted
+    vae = make_autoencoder(**DEEP, pad_frames=7)
+    with pytest.raises(ValueError, match="has 1 frames, of which the first image takes 1: .* at least 2"):
+        image_condition(vae, first, 2, last)
 
 
 @pytest.mark.parametrize(("pad", "shown"), [(0, 4), (3, 1), (1, 3)])

@@ -57,6 +57,21 @@ def test_every_video_of_a_batch_has_the_states_of_its_own_picture(size):
         torch.testing.assert_close(made, torch.cat([alone[one] for one in wanted]), atol=1e-4, rtol=1e-3)
 
 
+def test_both_of_two_transformers_have_the_states_of_each_picture():
+    second = make_dc_transformer(image=True, image_dim=80, seed=5)
+    pipe = with_clip()
+    pipe.register_modules(transformer_2=second)
+    pipe.register_to_config(boundary_ratio=0.9)
+    pictures = [make_picture(seed=0), make_picture(seed=1)]
+    used = []
+    second.register_forward_pre_hook(lambda *_: used.append(True))
+    both = generate_dc(pipe, image=pictures, prompts=2, generator=seeds(0, 1), num_inference_steps=4)
+    assert used
+    single = [generate_dc(pipe, image=pictures[n], seed=n, num_inference_steps=4) for n in range(2)]
+    torch.testing.assert_close(both, torch.cat(single), atol=1e-4, rtol=1e-3)
+    assert not pipe.transformer._forward_pre_hooks and len(second._forward_pre_hooks) == 1
+
+
 @pytest.mark.parametrize("size", [(8, 32, 64), (8, 30, 60)])
 def test_lists_and_arrays_of_pictures(size):
     pictures = [make_picture(*size[1:], seed=0), make_picture(*size[1:], seed=1)]
@@ -98,6 +113,10 @@ def test_bytes_are_not_taken_for_numbers_up_to_1(size):
         (torch.zeros(3, 32, 64, dtype=torch.int64), "image has numbers of int64: give floats"),
         (np.full((32, 64, 3), 255.0), r"image has numbers up to 255: give floats in \[0, 1\]"),
         ("a.png", "image is a str: give a PIL picture"),
+        (torch.full((3, 32, 64), float("nan")), "image has NaN or infinite numbers: give floats"),
+        (np.full((32, 64, 3), -np.inf, np.float32), "image has NaN or infinite numbers: give floats"),
+        (torch.linspace(-2.1, 1.9, 3 * 32 * 64).reshape(3, 32, 64), "image has numbers down to -2.1, as one that was"),
+        (torch.zeros(0, 3, 32, 64), r"image is \[0, 3, 32, 64\], which has no pixels"),
     ],
 )
 def test_images_whose_meaning_is_not_clear(image, message, monkeypatch):
@@ -107,6 +126,10 @@ def test_images_whose_meaning_is_not_clear(image, message, monkeypatch):
         generate_dc(pipe, 8, 32, 64, image=image)
     with pytest.raises(ValueError, match=f"last_{message}"):
         generate_dc(pipe, 8, 32, 64, last_image=image)
+
+
+def test_pictures_that_were_resized_may_go_a_little_beyond():
+    generate_dc(make_dc_pipe(DCVideoGenImageToVideoPipeline), image=torch.linspace(-1.3, 1.3, 6144).reshape(3, 32, 64))
 
 
 def test_first_and_last_picture_of_every_video():

@@ -206,4 +206,44 @@ def test_pictures_of_nothing_are_told(name, caplog):
     with torch.no_grad():
         pipe.transformer.proj_out.bias.fill_(float("nan"))
     generate(pipe, output_type="pil")
-    assert caplog.text.count("The pictures have NaN or infinite values in torch.float32: load the pipeline in") == 1
+    assert caplog.text.count("The pictures have NaN or infinite values in torch.float32: nothing here is in") == 1
+    caplog.clear()
+    pipe.vae.half()
+    generate(pipe, output_type="pil")
+    assert "vae in float16 may have overflowed" in caplog.text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_size_follows_the_autoencoder_that_is_there(name):
+    """Exchanged for one that reduces sides 16 and not 8 times, or set after the pipeline was made."""
+    other = autoencoder_dc(5, 8)
+    pipe = pipeline(name)
+    pipe.vae = other
+    np.testing.assert_array_equal(generate(pipe), generate(pipeline(name, other)))
+    wanted = generate(pipeline(name))
+    late = type(pipe)(**{**pipeline(name).components, "vae": None})
+    late.set_progress_bar_config(disable=True)
+    late.vae = autoencoder()
+    np.testing.assert_array_equal(generate(late), wanted)
+    assert late.image_processor.config.vae_scale_factor == 8
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_latents_are_taken_as_they_are_given_out(name):
+    """And others refused before the first step."""
+    pipe = pipeline(name)
+    noise = torch.randn(1, 8, 8, 12, generator=torch.Generator().manual_seed(3))
+    made = generate(pipe, latents=noise)
+    if name == "flux":
+        np.testing.assert_array_equal(generate(pipe, latents=noise.flatten(2).transpose(1, 2)), made)
+    pipe.transformer.forward = None
+    for wrong, words in (
+        (noise[:, :, 1:], r"latents is \[1, 8, 7, 12\], and this picture takes \[1, 8, 8, 12\]: \[pictures, channels"),
+        (noise.double() / 0, "latents has NaN or infinite values"),
+        (noise.numpy(), "latents is a ndarray: give a tensor"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate(pipe, latents=wrong)
+    if name == "flux":
+        with pytest.raises(ValueError, match=r"this picture takes tokens \[1, 96, 8\]: \[pictures, rows \* columns"):
+            generate(pipe, latents=torch.zeros(1, 95, 8))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline
 from diffusers.hooks.group_offloading import ModuleGroup
+from diffusers.video_processor import VideoProcessor
 from peft import LoraConfig
 from tiny_dc import DEEP, generate_dc, make_autoencoder, make_dc_pipe, make_dc_transformer, make_text
 
@@ -396,13 +397,33 @@ def test_compiled_blocks(text_pipe):
 
 @pytest.mark.parametrize("output_type", ["np", "pil"])
 def test_a_video_without_a_picture_is_told_of(output_type, caplog):
-    """As in float16, which overflows; PIL would make it black."""
+    """As of float16, which overflows; PIL would make it black."""
     pipe = make_dc_pipe(DCVideoGenPipeline)
     generate_dc(pipe, output_type=output_type)
     assert not caplog.text
     pipe.vae.decoder.conv_out.bias.fill_(float("nan"))
     generate_dc(pipe, output_type=output_type)
-    assert "The video has NaN or infinite values in torch.float32: load the pipeline in another dtype" in caplog.text
+    assert "The video has NaN or infinite values in torch.float32: nothing here is in float16, so look" in caplog.text
+    caplog.clear()
+    pipe.vae.half()
+    generate_dc(pipe, output_type=output_type)
+    assert "vae in float16 may have overflowed, as models" in caplog.text
+    assert "load the pipeline in bfloat16 or float32" in caplog.text
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_a_video_processor_of_one_s_own_stays(cls):
+    class Mirrored(VideoProcessor):
+        def postprocess_video(self, video, output_type="np"):
+            return super().postprocess_video(video.flip(-1), output_type)
+
+    pipe = make_dc_pipe(cls)
+    plain = generate_dc(pipe)
+    pipe.video_processor = own = Mirrored(vae_scale_factor=32)
+    assert torch.equal(generate_dc(pipe), plain.flip(-1)) and pipe.video_processor is own
+    pipe.video_processor = VideoProcessor(vae_scale_factor=8, do_normalize=False)
+    generate_dc(pipe)
+    assert pipe.video_processor.config.vae_scale_factor == 32 and not pipe.video_processor.config.do_normalize
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -412,6 +433,8 @@ def test_a_video_without_a_picture_is_told_of(output_type, caplog):
         ({"output_type": "foo"}, "output_type is 'foo': give 'np', 'pt', 'pil' or 'latent'"),
         ({"height": "64"}, "height is '64': it must be at least 1 and whole"),
         ({"frames": True}, "num_frames is True: it must be at least 1 and whole"),
+        ({"latents": torch.full((1, 4, 2, 1, 2), float("nan"))}, "latents has NaN or infinite values"),
+        ({"latents": np.zeros((1, 4, 2, 1, 2), np.float32)}, r"latents is a ndarray: give a tensor \[1, 4, 2, 1, 2\]"),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_first_step(cls, given, words, monkeypatch):
