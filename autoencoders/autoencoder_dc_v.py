@@ -15,6 +15,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 
 from .blocks import Past
 from .coder import Decoder, Encoder
+from .loaded_whole import LoadedWhole
 from .presets import preset
 from .tiling import Tiles, default_stride, default_tile, run_tiled
 
@@ -22,10 +23,19 @@ logger = logging.getLogger(__name__)
 
 TEMPORAL_COMPRESSION = 4
 DERIVED = ("z_dim", "latents_mean", "latents_std", "scale_factor_spatial", "scale_factor_temporal")
+_NUMBERS = (
+    "in_channels",
+    "latent_channels",
+    "block_out_channels",
+    "layers_per_block",
+    "chunk_size",
+    "scaling_factor",
+    "pad_frames",
+)
 TAILS = ("cached", "replicate", "independent")
 
 
-class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
+class AutoencoderDCV(LoadedWhole, ModelMixin, AutoencoderMixin, ConfigMixin):
     """DC-AE-V (DC-VideoGen, arXiv 2509.25182, section 3.1): 32x or 64x in space, 4x in time.
 
     Videos are `[B, 3, T, H, W]` in [-1, 1], latents `[B, C, T/4, H/f, W/f]`. A video is run chunk by chunk, each
@@ -71,6 +81,8 @@ class AutoencoderDCV(ModelMixin, AutoencoderMixin, ConfigMixin):
         super().__init__()
         _check_channels(in_channels=in_channels, latent_channels=latent_channels)
         _check_config(block_out_channels, layers_per_block, chunk_size, scaling_factor, pad_frames, tail)
+        # As JSON has them, or the model could not be saved.
+        self.register_to_config(**{name: _plain(self._internal_dict[name]) for name in _NUMBERS})
         widths, layers = tuple(block_out_channels[1:]), tuple(layers_per_block[1:])
         self.encoder = Encoder(in_channels, latent_channels, widths, layers)
         self.decoder = Decoder(latent_channels, in_channels, widths, layers)
@@ -321,6 +333,13 @@ def _check_tile(pixels: Any, factor: int) -> None:
         raise ValueError(f"Sizes and strides of tiles must be multiples of {factor} pixels, not {pixels!r}.")
 
 
+def _plain(value: Any) -> Any:
+    """A number, or numbers, without numpy's types."""
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else type(value)(map(_plain, value))
+
+
 def _check_whole(**numbers: Any) -> None:
     for name, value in numbers.items():
         if not isinstance(value, Integral) or isinstance(value, bool):
@@ -358,7 +377,8 @@ def _check_config(
             )
     if chunk_size < TEMPORAL_COMPRESSION or chunk_size % TEMPORAL_COMPRESSION:
         raise ValueError(f"chunk_size is {chunk_size}: it must be a positive multiple of {TEMPORAL_COMPRESSION}.")
-    if not isinstance(scaling_factor, Real) or not 0 < scaling_factor < float("inf"):
+    is_number = isinstance(scaling_factor, Real) and not isinstance(scaling_factor, bool)
+    if not is_number or not 0 < scaling_factor < float("inf"):
         raise ValueError(f"scaling_factor is {scaling_factor!r}: it must be a positive number.")
     if pad_frames < 0:
         raise ValueError(f"pad_frames is {pad_frames}: it must not be negative.")

@@ -77,7 +77,24 @@ def load(location: str | Path) -> AutoencoderDCV:
         # ComfyUI runs nodes in inference mode, whose tensors could not be moved in place later.
         with torch.inference_mode(False):
             if path.is_dir():
+                _check_folder(path)
                 return AutoencoderDCV.from_pretrained(path, dtype=torch.float32, variant=variant_in(path))
             return load_published(path)
     except (CheckpointError, OSError, ValueError) as error:
         raise BadInput("autoencoder", f"cannot be used: {' '.join(str(error).split()).rstrip('.')}") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """ValueError for a folder of something else, before memory is taken for a model of its size."""
+    from ..pipelines.deep_compression.published_files import read_json
+
+    if not (folder / "config.json").is_file():
+        inner = folder / "vae"
+        if (inner / "config.json").is_file():
+            raise ValueError(f"{folder} is the folder of a pipeline: give that of its autoencoder, {inner}.")
+        raise ValueError(f"{folder} has no config.json: give a folder of an AutoencoderDCV, or a file.")
+    name = read_json(folder / "config.json").get("_class_name")
+    if name != "AutoencoderDCV":
+        raise ValueError(
+            f"{folder} is of the class {name}, as its config.json says: give the folder of an AutoencoderDCV."
+        )

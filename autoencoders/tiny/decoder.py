@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
+from ..loaded_whole import LoadedWhole
 from .layers import Grow, MemoryBlock, Past, SoftClamp, WideMemoryBlock, with_memory
 
 VARIANTS = ("base", "super")
@@ -21,7 +22,7 @@ CHUNK_BYTES = {"cpu": 2**26}
 CHUNK_BYTES_ELSEWHERE = 2**29
 
 
-class TinyVideoDecoder(ModelMixin, ConfigMixin):
+class TinyVideoDecoder(LoadedWhole, ModelMixin, ConfigMixin):
     """Latents of a video to its frames in a small part of the time of the autoencoder that they are of.
 
     The architecture is that of TAEHV (github.com/madebyollin/taehv), whose layers it has under the same names: pictures

@@ -3,12 +3,15 @@ from __future__ import annotations
 import json
 
 import diffusers
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_dc import DEEP, SMALL, load_golden, make_autoencoder, make_latents, make_video
 
 import vidaccel
 from vidaccel.autoencoders import PRESETS, AutoencoderDCV, blocks, preset
+from vidaccel.autoencoders.checkpoint_file import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +92,34 @@ def test_save_and_load(tmp_path):
     assert half.dtype == torch.bfloat16
 
 
+def test_numbers_of_numpy_are_saved(tmp_path):
+    numbers = {"latent_channels": np.int64(4), "chunk_size": np.int32(8), "scaling_factor": np.float32(0.5)}
+    widths = {"block_out_channels": tuple(np.array([8, 8, 16, 16])), "layers_per_block": list(np.array([0, 1, 1, 1]))}
+    model = AutoencoderDCV(**{**SMALL, **numbers, **widths})
+    assert model.config == make_autoencoder(layers_per_block=[0, 1, 1, 1]).config
+    model.save_pretrained(tmp_path)
+    assert AutoencoderDCV.from_pretrained(tmp_path).config.scaling_factor == 0.5
+
+
+def test_a_dtype_by_name_and_weights_that_lack_one(tmp_path):
+    """Of both diffusers warns alone: the first loads float32, the other fails in decoding."""
+    make_autoencoder().save_pretrained(tmp_path / "vae")
+    assert AutoencoderDCV.from_pretrained(tmp_path / "vae", dtype="bfloat16").dtype == torch.bfloat16
+    assert AutoencoderDCV.from_pretrained(tmp_path / "vae", torch_dtype="torch.float16").dtype == torch.float16
+    with pytest.raises(ValueError, match="dtype='bf16' is no dtype: give one of float32"):
+        AutoencoderDCV.from_pretrained(tmp_path / "vae", dtype="bf16")
+    model, told = AutoencoderDCV.from_pretrained(tmp_path, subfolder="vae", output_loading_info=True)
+    assert isinstance(model, AutoencoderDCV) and not told["missing_keys"]
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    del state["decoder.conv_out.weight"]
+    save_file(state, file, {"format": "pt"})
+    words = r"the weights in .*vae \(diffusion_pytorch_model\*\) lack decoder.conv_out.weight, which config.json"
+    for more in ({}, {"low_cpu_mem_usage": False}):
+        with pytest.raises(CheckpointError, match=words):
+            AutoencoderDCV.from_pretrained(tmp_path, subfolder="vae", **more)
+
+
 def test_its_own_config_makes_another_without_a_warning(caplog):
     """Also what `config` adds for pipelines."""
     model = make_autoencoder(pad_frames=4)
@@ -135,6 +166,7 @@ def test_presets_are_copies():
         ({"block_out_channels": (8, 8, 16, 16.0)}, r"block_out_channels\[3\] is 16.0: it must be a whole number"),
         ({"scaling_factor": "1"}, "scaling_factor is '1': it must be a positive number"),
         ({"chunk_size": 0}, "chunk_size is 0.*multiple of 4"),
+        ({"scaling_factor": True}, "scaling_factor is True: it must be a positive number"),
         ({"scaling_factor": 0.0}, "scaling_factor is 0.0.*positive"),
         ({"scaling_factor": float("nan")}, "scaling_factor is nan.*positive"),
         ({"pad_frames": -1}, "pad_frames is -1.*negative"),

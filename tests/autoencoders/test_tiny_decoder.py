@@ -87,6 +87,14 @@ def test_it_is_saved_and_loaded_as_a_diffusers_model(tmp_path):
     latents = torch.randn(1, 4, 2, 3, 3)
     with torch.no_grad():
         assert again(latents).equal(decoder(latents))
+    assert TinyVideoDecoder.from_pretrained(tmp_path, dtype="bfloat16").dtype == torch.bfloat16
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    lost = min(state)
+    del state[lost]
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"lack {lost}, which config.json there asks for"):
+        TinyVideoDecoder.from_pretrained(tmp_path)
 
 
 def test_without_a_first_frame_of_its_own_nothing_is_dropped():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vidaccel import demo
+from vidaccel.generation.errors import BadInput
 from vidaccel.nodes.autoencoder import BUILT_IN, LatentScale, load
 from vidaccel.nodes.wording import InputError
 
@@ -23,3 +25,13 @@ def test_a_picture_of_which_nothing_is_left_is_refused():
 def test_a_folder_of_which_there_is_a_variant_alone(tmp_path):
     load(BUILT_IN).half().save_pretrained(tmp_path, variant="fp16")
     assert load(tmp_path).dtype == torch.float32
+
+
+def test_a_folder_of_something_else_is_told_as_what_it_is(tmp_path):
+    for folder, words in (
+        (demo.path() / "vae", "is of the class AutoencoderKLWan"),
+        (demo.path(demo.DC), "is the folder of a pipeline: give that of its autoencoder, .*vae"),
+        (tmp_path, "has no config.json: give a folder of an AutoencoderDCV, or a file"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            load(folder)
