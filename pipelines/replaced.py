@@ -1,4 +1,4 @@
-"""Transformers that a pipeline had when something was put into them, and has no more."""
+"""Modules that a pipeline had when something was put into them, and has no more."""
 
 from __future__ import annotations
 
@@ -29,12 +29,11 @@ class Replaced:
         Args:
             transformers: that the pipeline had, by their names in it, without what wraps them.
         """
-        components = getattr(self._pipe, "components", None) or {}
         notes = [
             f"{name} was replaced after {self._since}, and the new one {self._without}: remove() this handle and "
             f"{self._again}"
             for name, transformer in transformers.items()
-            if name in components and not _contains(components[name], transformer)
+            if was_replaced(self._pipe, name, transformer)
         ]
         for note in notes:
             if note not in self._logged:
@@ -43,6 +42,12 @@ class Replaced:
         return notes
 
 
-def _contains(component: object, transformer: torch.nn.Module) -> bool:
-    """Whether a component is a transformer, in whatever wrapper."""
-    return isinstance(component, torch.nn.Module) and any(module is transformer for module in component.modules())
+def was_replaced(pipe: Any, name: str, module: torch.nn.Module) -> bool:
+    """Whether a pipeline has a component of this name that is not, and does not wrap, the module that it had."""
+    components = getattr(pipe, "components", None) or {}
+    return name in components and not _contains(components[name], module)
+
+
+def _contains(component: object, wanted: torch.nn.Module) -> bool:
+    """Whether a component is a module, in whatever wrapper."""
+    return isinstance(component, torch.nn.Module) and any(module is wanted for module in component.modules())

@@ -100,13 +100,11 @@ class TinyVideoDecoder(LoadedWhole, ModelMixin, ConfigMixin):
             it.
 
         Raises:
-            ValueError: latents of other dimensions or channels, or frames that are not made of them.
+            ValueError: latents that `check_latents` refuses, a chunk below 1, or frames that are not made of them.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or not latents.shape[2]:
-            raise ValueError(
-                f"{type(self).__name__} takes latents [B, {self.config.latent_channels}, T, h, w], got "
-                f"{tuple(latents.shape)}."
-            )
+        self.check_latents(latents)
+        if at_once is not None and at_once < 1:
+            raise ValueError(f"at_once is {at_once}: a chunk has at least 1 latent frame.")
         wanted = self.frames_of(latents.shape[2]) if frames is None else frames
         most = latents.shape[2] * self.temporal_compression_ratio
         if not 1 <= wanted <= most:
@@ -116,6 +114,14 @@ class TinyVideoDecoder(LoadedWhole, ModelMixin, ConfigMixin):
         made = [self._decode(some, past) for some in latents.to(self.dtype).split(chunk, 2)]
         video = made[0] if len(made) == 1 else torch.cat(made, 1)
         return video[:, video.shape[1] - wanted :].transpose(1, 2)
+
+    def check_latents(self, latents: torch.Tensor) -> None:
+        """ValueError for latents of other dimensions or channels, or of nothing."""
+        if latents.ndim != 5 or latents.shape[1] != self.config.latent_channels or 0 in latents.shape:
+            raise ValueError(
+                f"{type(self).__name__} takes latents [B, {self.config.latent_channels}, T, h, w] with at least 1 of "
+                f"each, got {tuple(latents.shape)}."
+            )
 
     def _decode(self, latents: torch.Tensor, past: Past) -> torch.Tensor:
         """`[B, T', 3, H, W]` of a chunk of latents, `[B, C, T, h, w]`."""

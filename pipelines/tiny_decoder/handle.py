@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ...autoencoders.dtypes import resolve_dtype
 from ...autoencoders.tiny import TinyVideoDecoder, frames_of, to_transformer
 from ..acceleration.copies import CopiedNotPickled
 from ..removed import refuse_removed
+from ..replaced import was_replaced
 from ..undo import TINY_DECODER
 from .source import find_decoder
 
@@ -37,6 +40,7 @@ class _Decode(CopiedNotPickled):
         self, z: torch.Tensor, *args: Any, return_dict: bool = True, **kwargs: Any
     ) -> DecoderOutput | tuple[torch.Tensor]:
         """As the autoencoder's own; what only a large decoder has a use for, such as a time, is not read."""
+        self.decoder.check_latents(z)
         with Span(z.device) as span, torch.autocast(z.device.type, enabled=False):
             dtype = self.dtype or (torch.float32 if z.device.type == "cpu" else self.own)
             torch.nn.Module.to(self.decoder, z.device, dtype)  # diffusers' own warns of what there is none of
@@ -70,6 +74,8 @@ class TinyDecoder:
         self._vae: Any = pipe.vae
         transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
         own = getattr(transformer, "dtype", torch.float32)
+        # Weakly: a copy of the autoencoder alone would take along the pipeline.
+        self._pipe: weakref.ref[Any] | None = weakref.ref(pipe)
         self._before = self._vae.__dict__.get("decode")  # a compiled one, for example
         self._vae.decode = self._decode = _Decode(self._vae, decoder, dtype, own)
         setattr(self._vae, TINY_DECODER, self)
@@ -81,28 +87,51 @@ class TinyDecoder:
 
     def notes(self) -> list[str]:
         """What a report should tell."""
+        if self._left_behind():
+            return [
+                "vae was replaced after tiny_decoder was called, and the new one has its own decoder: remove() this "
+                "handle and call vidaccel.tiny_decoder again"
+            ]
         if not self._decode.spans:
             return []
         return [f"frames come from {self.name}, which is near to the autoencoder's own decoder and not the same"]
 
     def remove(self) -> None:
         """Give the autoencoder its own decoder back. A second call does nothing."""
-        if getattr(self._vae, TINY_DECODER, None) is self:
+        if self._at_work():
             del self._vae.decode
             if self._before is not None:
                 self._vae.decode = self._before
             delattr(self._vae, TINY_DECODER)
 
     def __enter__(self) -> TinyDecoder:
-        refuse_removed(getattr(self._vae, TINY_DECODER, None) is self, "vidaccel.tiny_decoder")
+        refuse_removed(self._at_work(), "vidaccel.tiny_decoder")
         return self
 
     def __exit__(self, *error: object) -> None:
         self.remove()
 
+    def _at_work(self) -> bool:
+        return getattr(self._vae, TINY_DECODER, None) is self
+
+    def _left_behind(self) -> bool:
+        """Whether the pipeline has another autoencoder since."""
+        pipe = self._pipe() if self._pipe is not None else None
+        return self._at_work() and pipe is not None and was_replaced(pipe, "vae", self._vae)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TinyDecoder:
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        pipe = self._pipe() if self._pipe is not None else None
+        twin = memo.get(id(pipe))  # None where the autoencoder is copied without it
+        new.__dict__.update(copy.deepcopy({**self.__dict__, "_pipe": None}, memo))
+        new._pipe = None if twin is None else weakref.ref(twin)
+        return new
+
     def __repr__(self) -> str:
-        at_work = getattr(self._vae, TINY_DECODER, None) is self
-        return f"<vidaccel tiny decoder: {self.name if at_work else 'removed'}>"
+        state = self.name if self._at_work() else "removed"
+        state += ", of an autoencoder that the pipeline has no more" if self._left_behind() else ""
+        return f"<vidaccel tiny decoder: {state}>"
 
 
 def tiny_decoder(
@@ -120,8 +149,9 @@ def tiny_decoder(
         pipe: a diffusers pipeline with an autoencoder of Wan, HunyuanVideo, HunyuanVideo 1.5, CogVideoX, LTX-2,
             Qwen-Image, or DC-AE-V.
         source: a published file in the layout of TAEHV, such as taew2_1.safetensors (github.com/madebyollin/taehv) or
-            LightX2V's lighttaew2_1.safetensors; a folder that the recipe `tiny-decoder` made, or a hub id of one; or
-            None for what the model has of its own, as the built-in DC-VideoGen model does.
+            LightX2V's lighttaew2_1.safetensors; a folder that the recipe `tiny-decoder` made, that of its training, or
+            a hub id of one; a decoder, of which a copy is taken; or None for what the model has of its own, as the
+            built-in DC-VideoGen model does.
         dtype: in which it computes, maybe by name, such as "bfloat16"; None for the transformer's, on the CPU float32.
 
     Returns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,14 @@ from typing import Any
 from ...autoencoders.checkpoint_file import CheckpointError, variant_in
 from ...autoencoders.tiny import KNOWN, TinyVideoDecoder, channels_of, compression_of, read_tiny
 from ..locations import is_hub_id
+from ..run_folder import SETTINGS, taken
+
+logger = logging.getLogger(__name__)
 
 OWN_FOLDER = "tiny_decoder"
 """In the folder of a pipeline, the decoder that it has of its own."""
+RESULT = "decoder"
+"""In the folder of a training, the decoder that it made."""
 # One autoencoder under two names.
 _SAME = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}
 
@@ -33,7 +40,7 @@ def find_decoder(pipe: Any, source: str | Path | TinyVideoDecoder | None) -> tup
     """
     vae = _autoencoder(pipe)
     if isinstance(source, TinyVideoDecoder):
-        decoder, name = source, "a tiny decoder"
+        decoder, name = copy.deepcopy(source), "a tiny decoder"  # which is cast and moved
     else:
         location = _own(pipe) if source is None else str(Path(source).expanduser())
         decoder, name = read_decoder(location), Path(location).name
@@ -125,13 +132,9 @@ def read_decoder(location: str) -> TinyVideoDecoder:
         if path.is_file():
             return read_tiny(path)
         if path.is_dir() or is_hub_id(location):
-            config = path / "config.json"
-            stated = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-            if path.is_dir() and stated.get("_class_name") != TinyVideoDecoder.__name__:
-                raise TinyDecoderError(
-                    f"the folder {path} has no tiny decoder: give the file, such as taew2_1.safetensors, or a folder "
-                    "that the recipe tiny-decoder made."
-                )
+            if path.is_dir():
+                path = _folder_of(path)
+                location = str(path)
             decoder = TinyVideoDecoder.from_pretrained(location, variant=variant_in(path))
             return decoder.eval().requires_grad_(False)
     except TinyDecoderError:
@@ -140,3 +143,33 @@ def read_decoder(location: str) -> TinyVideoDecoder:
     except (CheckpointError, OSError, ValueError, RuntimeError) as error:
         raise TinyDecoderError(f"{location} cannot be read as a tiny decoder: {error}") from error
     raise TinyDecoderError(f"there is no tiny decoder {location}: give a file, a folder, or a hub id (owner/name).")
+
+
+def _folder_of(path: Path) -> Path:
+    """The folder of a decoder, from it or from that of the training that made it, which is logged.
+
+    Raises:
+        TinyDecoderError: it is neither.
+    """
+    if _holds_decoder(path):
+        return path
+    if _holds_decoder(path / RESULT):
+        logger.info("%s", taken(path, path / RESULT))
+        return path / RESULT
+    if (path / SETTINGS).is_file():
+        raise TinyDecoderError(
+            f"{path} is the folder of a training that has written no tiny decoder (no {RESULT}/ in it): give one of "
+            "the recipe tiny-decoder, once it is finished."
+        )
+    raise TinyDecoderError(
+        f"the folder {path} has no tiny decoder: give the file, such as taew2_1.safetensors, or a folder that the "
+        "recipe tiny-decoder made."
+    )
+
+
+def _holds_decoder(folder: Path) -> bool:
+    config = folder / "config.json"
+    if not config.is_file():
+        return False
+    stated = json.loads(config.read_text(encoding="utf-8"))
+    return isinstance(stated, dict) and stated.get("_class_name") == TinyVideoDecoder.__name__

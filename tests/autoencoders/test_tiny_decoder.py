@@ -148,5 +148,10 @@ def test_frames_that_are_not_made_are_refused():
 
 
 def test_latents_of_other_channels_are_refused():
-    with pytest.raises(ValueError, match=r"takes latents \[B, 4, T, h, w\], got \(1, 16, 2, 3, 3\)"):
-        TinyVideoDecoder(**SMALL)(torch.zeros(1, 16, 2, 3, 3))
+    for shape in ((1, 16, 2, 3, 3), (1, 4, 2, 0, 3), (0, 4, 2, 3, 3)):
+        words = rf"takes latents \[B, 4, T, h, w\] with at least 1 of each, got \({', '.join(map(str, shape))}\)"
+        with pytest.raises(ValueError, match=words):
+            TinyVideoDecoder(**SMALL)(torch.zeros(shape))
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"at_once is {count}: a chunk has at least 1 latent frame"):
+            TinyVideoDecoder(**SMALL)(torch.zeros(1, 4, 2, 3, 3), at_once=count)

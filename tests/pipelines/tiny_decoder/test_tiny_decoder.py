@@ -13,6 +13,7 @@ from tiny_decoders import decoder_for
 from vidaccel import demo, tiny_decoder
 from vidaccel.autoencoders.tiny import compression_of, frames_of, to_transformer
 from vidaccel.pipelines.tiny_decoder import TinyDecoderError
+from vidaccel.pipelines.undo import TINY_DECODER
 
 PIPELINES = {
     "wan": wan_kin.wan,
@@ -107,9 +108,13 @@ def test_a_copy_decodes_by_itself_and_keeps_its_decoder():
 
 def test_its_dtype_may_be_a_name():
     pipe = wan_kin.wan()
-    with tiny_decoder(pipe, decoder_for(pipe.vae), dtype="bfloat16") as handle:
+    decoder = decoder_for(pipe.vae)
+    before = copy.deepcopy(decoder.state_dict())
+    with tiny_decoder(pipe, decoder, dtype="bfloat16") as handle:
         made(pipe)
         assert handle._decode.decoder.dtype == torch.bfloat16
+    # A copy computes: the given one would stay rounded.
+    assert all(torch.equal(x, before[name]) for name, x in decoder.state_dict().items())
     with pytest.raises(ValueError, match="dtype='bf16' is no dtype: give one of float32, bfloat16"):
         tiny_decoder(pipe, decoder_for(pipe.vae), dtype="bf16")
 
@@ -144,6 +149,48 @@ def test_time_and_notes_are_told_after_a_decode():
             tiny_decoder(pipe, decoder_for(pipe.vae))
         assert "tiny decoder: a tiny decoder" in repr(handle)
     assert "removed" in repr(handle)
+
+
+def test_an_autoencoder_that_was_replaced_is_told():
+    pipe = wan_kin.wan()
+    handle = tiny_decoder(pipe, decoder_for(pipe.vae))
+    twin, alone = copy.deepcopy(pipe), copy.deepcopy(pipe.vae)
+    made(pipe)
+    pipe.vae = torch.compile(pipe.vae, backend="eager")  # a wrapper of the same
+    assert "vae was replaced" not in " ".join(handle.notes())
+    pipe.vae = wan_kin.autoencoder()
+    made(pipe)
+    assert len(handle.seconds) == 1 and "vae was replaced after tiny_decoder was called" in handle.notes()[0]
+    assert "of an autoencoder that the pipeline has no more" in repr(handle)
+    for copied in (twin.vae, alone):
+        assert repr(getattr(copied, TINY_DECODER)) == "<vidaccel tiny decoder: a tiny decoder>"
+    twin.vae, had = wan_kin.autoencoder(), twin.vae
+    assert "has no more" in repr(getattr(had, TINY_DECODER))
+    handle.remove()
+    assert handle.notes()[0].startswith("frames come from") and repr(handle) == "<vidaccel tiny decoder: removed>"
+
+
+def test_latents_of_another_shape_are_told_as_such():
+    pipe = wan_kin.wan()
+    with tiny_decoder(pipe, decoder_for(pipe.vae)):
+        for shape in ((1, 5, 2, 4, 4), (4, 2, 4, 4), (1, 4, 2, 0, 4)):
+            with pytest.raises(ValueError, match=r"takes latents \[B, 4, T, h, w\] with at least 1 of each, got"):
+                pipe.vae.decode(torch.zeros(shape))
+
+
+def test_the_folder_of_a_training_stands_for_its_decoder(tmp_path, caplog):
+    pipe = wan_kin.wan()
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("recipe: tiny_decoder\n")
+    with pytest.raises(TinyDecoderError, match=r"folder of a training that has written no tiny decoder \(no decoder/"):
+        tiny_decoder(pipe, run)
+    decoder = decoder_for(pipe.vae)
+    decoder.save_pretrained(run / "decoder")
+    with caplog.at_level("INFO", "vidaccel"), tiny_decoder(pipe, run) as handle:
+        assert handle.name == "run" and "is the folder of a training: its decoder is used." in caplog.text
+        state = handle._decode.decoder.state_dict()
+    assert all(torch.equal(x, state[name]) for name, x in decoder.state_dict().items())
 
 
 def test_a_published_file_and_a_folder_are_taken(tmp_path):
@@ -190,5 +237,4 @@ def test_it_runs_beside_sparse_attention_and_in_half_precision():
     with accelerate(pipe, "tangent") as sparse, tiny_decoder(pipe, decoder, dtype=torch.bfloat16):
         frames = made(pipe, height=128, width=128)
     assert frames.shape[:3] == (1, 9, 3) and frames.isfinite().all()
-    assert next(decoder.parameters()).dtype == torch.bfloat16
     assert any(record.method == "tangent" for record in sparse.report().records)
