@@ -85,7 +85,8 @@ def object_weights(latents: torch.Tensor, weight: float) -> torch.Tensor:
     """
     import torch.nn.functional as functional
 
-    corners = latents[..., :: latents.shape[3] - 1, :: latents.shape[4] - 1].mean(dim=(3, 4), keepdim=True)
+    ends = [0, -1]  # the same one of a single row or column
+    corners = latents[..., ends, :][..., ends].mean(dim=(3, 4), keepdim=True)
     distance = (latents - corners).norm(dim=1, keepdim=True)
     inside = (distance > 0.5 * distance.amax(dim=(2, 3, 4), keepdim=True)).float()
     near = functional.max_pool3d(inside, (1, 3, 3), stride=1, padding=(0, 1, 1))

@@ -8,6 +8,7 @@ LoRA on the rest.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from .base import Batch, Clips, Phase, load_trained
 from .encoded_clips import EncodedClipsRecipe
 from .flow_phase import FlowPhase, train_only
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["AEAdapt", "AEAdaptSettings", "on_one_grid"]
 
 
@@ -45,6 +48,12 @@ class AEAdapt(EncodedClipsRecipe):
     backbone: Backbone
 
     def prepare(self) -> None:
+        phases = self.config.phases
+        if not (phases.head.steps or phases.lora.steps) and self.process.is_main:
+            logger.warning(
+                "phases.head.steps and phases.lora.steps are 0: the result will be an embedding alone, with a head of "
+                "zeros, and no model that makes pictures. Give one of these phases steps for that."
+            )
         self.backbone = self._backbone()
         self.open_data()
         self.aligning = self._latents(align=True) if self.config.phases.align.steps else None
@@ -100,6 +109,12 @@ class AEAdapt(EncodedClipsRecipe):
         with_lora = any(".lora_" in name for name in trained)
         transformer = self.transformer(trained, "lora" if with_lora else "head")
         weights = dict(transformer.named_parameters())
+        untrained = [name for name in weights if name.startswith(self.backbone.trained_fully) and name not in trained]
+        if untrained:
+            logger.warning(
+                "%s was not trained, so what is written makes no pictures: only the phases head and lora train it.",
+                untrained[0],
+            )
         self.write_adapter(weights, out / "adapter", AdaptedModel.of(transformer), finished=True)
         if with_lora:
             merge(transformer)

@@ -97,3 +97,8 @@ class AEAdaptSettings(RunSettings):
         yield from nothing_trained((self.phases.align, self.phases.head, self.phases.lora))
         if self.model.dtype != "float32" and self.loop.mixed_precision == "no":
             yield f'model.dtype is {self.model.dtype}: set loop.mixed_precision to "bf16" or "fp16" with it.'
+        if self.flow.object_weight != 1 and self.data.kind != "demo":
+            yield (
+                f"flow.object_weight is {self.flow.object_weight:g}, of use only with data.kind demo, whose object "
+                f"stands out from a plain background; data.kind is {self.data.kind}: set it to 1."
+            )

@@ -13,6 +13,7 @@ import torch
 from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from diffusers.video_processor import VideoProcessor
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.memory import decoding_bytes, default_tile, memory_to_decode
@@ -36,6 +37,7 @@ def videos_of(prompt: Any, options: Mapping[str, Any]) -> int:
 class DCVideoGen(PublishedLayoutMixin):
     """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
 
+    video_processor: VideoProcessor
     _sees_image = False
 
     def _canvas(self, frames: int, height: int, width: int, videos: int = 1, decodes: bool = True) -> Canvas:

@@ -86,6 +86,14 @@ def test_the_object_counts_more_than_the_background():
     torch.testing.assert_close(weights[1], torch.ones(1, 3, 8, 8))  # nothing to see: all alike
 
 
+def test_a_single_row_of_latents_has_an_object_too():
+    latents = torch.zeros(1, 8, 2, 1, 6)
+    latents[..., 2] = 2.0
+    weights = object_weights(latents, 4.0)
+    assert (weights[0, 0, 0, 0] > 1).tolist() == [False, True, True, True, False, False]
+    torch.testing.assert_close(object_weights(latents[..., :1], 4.0), torch.ones(1, 1, 2, 1, 1))
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_kernels_are_matrices_to_muon(layout):
     """The update of a convolution is that of torch's Muon on [out, in * kernel], wherever the state comes from."""

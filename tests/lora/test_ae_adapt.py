@@ -226,7 +226,7 @@ def test_validation_leaves_videos_and_numbers(finished):
     assert {"align", "head", "lora"} == {row["phase"] for row in rows if any("validation_" in key for key in row)}
 
 
-def test_alignment_learns(tmp_path, text_base, autoencoder_folder):
+def test_alignment_learns(tmp_path, text_base, autoencoder_folder, caplog):
     file = write(
         tmp_path,
         text_base,
@@ -242,9 +242,19 @@ def test_alignment_learns(tmp_path, text_base, autoencoder_folder):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert losses[-1] < 0.6 * losses[0]
     assert (tmp_path / "run" / "pipeline" / "model_index.json").is_file()  # skipped phases leave a whole pipeline
+    # Whose head is all zeros.
+    assert "phases.head.steps and phases.lora.steps are 0: the result will be an embedding alone" in caplog.text
+    assert "proj_out.weight was not trained, so what is written makes no pictures" in caplog.text
 
 
-def test_the_cache_is_used_again(tmp_path, text_base, autoencoder_folder, monkeypatch):
+def test_a_weight_of_the_object_is_for_the_demo_world(tmp_path, text_base, autoencoder_folder):
+    more = {"data": {"kind": "videos", "folder": str(tmp_path), "clips": None}, "flow": {"object_weight": 4}}
+    file = write(tmp_path, text_base, autoencoder_folder, **more)
+    with pytest.raises(ConfigError, match=r"flow.object_weight is 4, of use only with data.kind demo.* set it to 1"):
+        recipe(file)
+
+
+def test_the_cache_is_used_again(tmp_path, text_base, autoencoder_folder, monkeypatch, caplog):
     phases = {"align": {"steps": 0}, "head": {"steps": 1}, "lora": {"steps": 0}}
     run("ae_adapt", write(tmp_path, text_base, autoencoder_folder, phases=phases))
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
@@ -254,6 +264,7 @@ def test_the_cache_is_used_again(tmp_path, text_base, autoencoder_folder, monkey
     assert before == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.safetensors")}
     first, second = (load_file(tmp_path / name / "phases" / "head.safetensors") for name in ("run", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "not trained" not in caplog.text and "embedding alone" not in caplog.text
 
 
 def test_the_cache_changes_no_number(tmp_path, text_base, autoencoder_folder):
