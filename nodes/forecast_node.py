@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..pipelines.forecast.settings import ForecastSettings
-from .native_forecast import cache_steps, forecast_log
+from .native_forecast import MAX_TOLERANCE, cache_steps, forecast_log
 from .report_node import Report
 from .schema import accepted
 
@@ -32,7 +32,7 @@ class VidaccelForecastCache(io.ComfyNode):
                     "tolerance",
                     default=DEFAULTS.tolerance,
                     min=0.001,
-                    max=1.0,
+                    max=MAX_TOLERANCE,
                     step=0.001,
                     tooltip="How far off what the model makes in a step may be, as a share of its size. More is faster "
                     "and less exact: 0.05 is careful, 0.2 is fast.",

@@ -29,6 +29,7 @@ from .gates import Gates
 from .geometry import Inputs, StaysDense, unwrap
 from .limits import Least, too_short
 from .native_models import find_geometry, why_dense
+from .passes import Passes
 from .run_log import RunLog
 from .sampling import DensePart, branches_of, replaced_blocks, step_of, window_of
 from .wording import limit_words, said_by, video_words
@@ -115,6 +116,7 @@ class NativeAttention(RunLog):
 
     def _forget(self) -> None:
         self._branches, self._levels, self._table = {}, [], None
+        self._passes = Passes()
         self._window_step = -1
         # Branches in context windows: of that step, and of the one before.
         self._windows: set[str] = set()
@@ -197,7 +199,8 @@ class NativeAttention(RunLog):
         levels = self._levels_of(options.get("sample_sigmas"))
         step = self._step(sigma, levels)
         with self._lock:
-            branches = branches_of(options, self._branches)
+            given = (name for name, value in conditions.items() if value is not None)
+            branches = branches_of(options, self._branches, self._passes.beside(options, sigma, given))
             if window_of(options):
                 self._in_window(step.step, branches)
         model = unwrap(base.diffusion_model)

@@ -107,17 +107,20 @@ def changed(asked: int) -> str:
     """
     times = "once" if asked == 2 else f"{asked - 1} times"
     return (
-        f"a ControlNet, a hook or a prompt changed {times}, which leaves too few steps alike to go on: make more "
-        "steps, or change it less often"
+        f"a ControlNet, a hook, a prompt or a node of guidance changed {times}, which leaves too few steps alike to go "
+        "on: make more steps, or change it less often"
     )
 
 
-def asked_of(model: Any, cond: list[dict[str, Any]], timestep: torch.Tensor, options: dict[str, Any]) -> str:
+def asked_of(
+    model: Any, cond: list[dict[str, Any]], timestep: torch.Tensor, options: dict[str, Any], differing: str = ""
+) -> str:
     """What tells a pass from others at a noise level: the model, the conditions as far as they are for this level with
-    what is at work in them there, and the blocks that are left out or computed in another way.
+    what is given in them and at work there, and the blocks that are left out or computed in another way.
 
     Args:
         model: ComfyUI's BaseModel. cond: conditions of the pass. timestep: `[B]`, the level. options: of the model.
+        differing: in what else it differs from the others at the level, see `Passes`.
     """
     level = timestep.flatten()[:1].cpu()  # compared as a tensor, since ComfyUI rounds bounds to its precision
 
@@ -127,9 +130,12 @@ def asked_of(model: Any, cond: list[dict[str, Any]], timestep: torch.Tensor, opt
     asked = []
     for entry in cond:
         if within(entry.get("timestep_start"), entry.get("timestep_end")):
-            asked.append(" ".join([str(entry.get("uuid")), *_at_work(model, entry, timestep, options, within)]))
+            given = sorted(entry.get("model_conds") or ())
+            at_work = _at_work(model, entry, timestep, options, within)
+            asked.append(" ".join([str(entry.get("uuid")), *given, *at_work]))
     replaced = ", ".join(sorted(map(str, replaced_blocks(options.get("transformer_options") or {}))))
-    return f"{id(model)}: {', '.join(asked)}" + (f"; {replaced} replaced" if replaced else "")
+    beside = (f"; {replaced} replaced" if replaced else "") + (f"; {differing}" if differing else "")
+    return f"{id(model)}: {', '.join(asked)}{beside}"
 
 
 def _at_work(

@@ -21,10 +21,12 @@ from ..pipelines.forecast.level import Level
 from ..pipelines.forecast.settings import ForecastSettings
 from .cache_log import CacheLog
 from .native_caches import FORECAST, asked_of, changed, put_in
+from .passes import Passes
 from .sampling import step_of, window_of
 
 logger = logging.getLogger(__name__)
 
+MAX_TOLERANCE = 1.0  # of the node's input
 WINDOWS = 8  # of context, that latents are kept of where they come and go; of those that stay, all are
 
 
@@ -53,14 +55,27 @@ class _Window:
         # Steps are those of the sampler's levels here, and these are told it by `keep`.
         self.forecasts = Forecasts(replace(settings, first_steps=0, last_steps=0))
         self.level = -1
+        self.changes = 0  # of what is asked for, by nodes that start or stop
         self._sigma: float | None = None
         self._calls: Counter[str] = Counter()
+        self._before: set[str] | None = None  # what was asked for at the level before
 
     def at(self, sigma: float) -> None:
-        """Go to a noise level. A sampler may evaluate the model between two of its own."""
-        if sigma != self._sigma:
-            self._sigma, self.level = sigma, self.level + 1
-            self._calls.clear()
+        """Go to a noise level. A sampler may evaluate the model between two of its own.
+
+        Where the last level had more passes than the one before it, or fewer, guidance has taken the latents another
+        way from there on: what was seen of their noise before says little of it. A pass that another one takes the
+        place of needs none of that: the other one begins a line of its own.
+        """
+        if sigma == self._sigma:
+            return
+        asked = set(self._calls)
+        if self._before is not None and (asked < self._before or self._before < asked):
+            self.changes += 1
+            self.forecasts.start_anew()
+        self._sigma, self.level = sigma, self.level + 1
+        self._before = asked or None
+        self._calls.clear()
 
     def times(self, asked: str) -> int:
         """How many times something is asked of a model at this level, this one included: the second time it is another
@@ -96,6 +111,7 @@ class _Cached:
         # from 0, and by which one there it is, from 1: context windows and prompts that come apart are of the same.
         self._sigma: float | None = None
         self._level = -1
+        self._passes = Passes()
         self._evaluations: set[tuple[int, int]] = set()
         self._computed: set[tuple[int, int]] = set()
         self._errors: list[float] = []
@@ -118,12 +134,11 @@ class _Cached:
                 f"by {statistics.fmean(self._errors):.3f} of its size, {max(self._errors):.3f} at most.",
             )
         elif count > 1 and self._finished:  # of a sampling that was interrupted, that tells nothing
-            known = [error for error in self._refused if math.isfinite(error)]
-            best = f"the best forecast is estimated to be off by {min(known):.3g}: raise" if known else "raise"
-            fix = f"{best} tolerance, or make more steps"
+            asked = max([*map(len, self._asked.values()), *(1 + window.changes for window in self._windows.values())])
+            fix = _advice([error for error in self._refused if math.isfinite(error)])
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
-            elif 2 * (asked := max(map(len, self._asked.values()), default=0)) > count:
+            elif 2 * asked > count:
                 fix = changed(asked)
             self._log.tell(logging.WARNING, f"all {count} {unit} were computed; {fix}.")
         self._forget()
@@ -171,7 +186,8 @@ class _Cached:
             self._sigma, self._level = sigma, self._level + 1
         self._steps.add(number)
         given = {place: cond for place, cond in enumerate(conds) if cond is not None}
-        asked = {place: asked_of(model, cond, timestep, options) for place, cond in given.items()}
+        beside = self._passes.beside(inner, sigma)
+        asked = {place: asked_of(model, cond, timestep, options, beside) for place, cond in given.items()}
         for place, what in asked.items():
             self._asked.setdefault(place, set()).add(what)
         times = {place: window.times(what) for place, what in asked.items()}
@@ -194,6 +210,23 @@ class _Cached:
             (noise,) = forecasts.ahead(step, level.place)
             made[place] = level.made_of(x, noise).to(x.dtype)
         return made
+
+
+def _advice(errors: list[float]) -> str:
+    """What helps where no forecast was near enough.
+
+    Args:
+        errors: that forecasts are estimated to have, as far as there were any.
+    """
+    if not errors:
+        return "raise tolerance, or make more steps"
+    best = f"the best forecast is estimated to be off by {min(errors):.3g}"
+    if min(errors) <= MAX_TOLERANCE:
+        return f"{best}: raise tolerance, or make more steps"
+    return (
+        f"{best}, too far for any tolerance: a sampler that adds noise in each step leaves no line to go on, so take "
+        "euler, uni_pc or dpmpp_2m; with one of these, make more steps"
+    )
 
 
 def level_of(model: Any, sigma: float) -> Level:

@@ -7,6 +7,7 @@ both results gets both: any formula of guidance, any sampler. Guiders with other
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..pipelines.guidance_cache.settings import GuidanceCache
 from .cache_log import CacheLog
 from .geometry import diffusion_model_of
 from .native_caches import GUIDANCE, asked_of, changed, put_in
+from .passes import Passes
 from .sampling import step_of, window_of
 from .wording import InputError
 
@@ -50,6 +52,21 @@ def cache_guidance(model: Any, settings: GuidanceCache, log: CacheLog | None = N
     return put_in(model, GUIDANCE, _Cached(settings, log or guidance_log()))
 
 
+def mixes_prompts(options: Mapping[str, Any]) -> bool:
+    """Whether another node may compute with both prompts within the model, so that neither pass is there alone.
+
+    It does so where it changes what attention gives, or sets attention's inputs and has both passes made with any cfg.
+
+    Args:
+        options: of the model.
+    """
+    patches = (options.get("transformer_options") or {}).get("patches") or {}
+    named = [name for name, functions in patches.items() if functions and name.startswith("attn")]
+    return any(name.endswith("output_patch") for name in named) or bool(
+        named and options.get("disable_cfg1_optimization")
+    )
+
+
 class _Place(NamedTuple):
     """What differences are of: the two passes of one context window."""
 
@@ -81,6 +98,10 @@ class _Cached:
         self._finished = False
         self._moved = False  # context windows came and went
         self._made = self._extrapolated = 0
+        self._apart = 0  # calls that ask for other passes than the two of guidance, and for these not in one call
+        self._asks_for_one = False  # the step that runs: for the positive prompt alone, or for both
+        self._mixed = False  # another node mixes both prompts within the model
+        self._passes = Passes()
 
     def finish(self) -> None:
         """A sampler has done all of its steps, and was not interrupted."""
@@ -91,9 +112,20 @@ class _Cached:
         if self._extrapolated:
             count = self._made + self._extrapolated
             self._log.tell(logging.INFO, f"{self._made} of {count} passes of the negative prompt were made.")
+        elif self._apart > self._made and self._finished:
+            self._log.tell(
+                logging.WARNING,
+                "no pass of the negative prompt was left out: the guider or another node asks for its passes apart, or "
+                "for other ones than two, which stay as they are.",
+            )
         elif self._made and self._finished:  # of a sampling that was interrupted, that tells nothing
             fix = "make more steps, or lower first_percent"
-            if self._moved:
+            if self._mixed:
+                fix = (
+                    "another node changes attention where both prompts are in one batch (as Normalized Attention "
+                    "Guidance does), which a pass left out would switch off. Leave out that node, or this one"
+                )
+            elif self._moved:
                 fix = "context windows moved from step to step, which leaves no difference to go on: take a static one"
             elif 2 * len(self._asked) > max(2, self._made):
                 fix = changed(len(self._asked))
@@ -106,7 +138,15 @@ class _Cached:
             windows = {place.window for place in self._seen}
             self._moved |= any(place.window and place.window not in windows for place in self._kept)
             self._kept = {place: kept for place, kept in self._kept.items() if place in self._seen}
-            self._step, self._seen = number, set()
+            self._step, self._seen, self._asks_for_one = number, set(), False
+
+    def _is_apart(self, conds: list[Any]) -> bool:
+        """Whether a call without the two passes of guidance has some of another guider: not the positive one alone, as
+        with a cfg of 1, nor a further one of a node that guides beside these."""
+        if len(conds) == 2:
+            self._asks_for_one |= conds[0] is not None
+            return conds[0] is None
+        return len(conds) > 2 or not self._asks_for_one
 
     def conditions(
         self,
@@ -126,10 +166,18 @@ class _Cached:
         sigma = float(timestep.flatten()[0])
         number, count = step_of(sigma, levels.tolist())
         self._enter(number)
+        beside = self._passes.beside(inner, sigma)
         if len(conds) != 2 or any(cond is None for cond in conds):
+            self._apart += self._is_apart(conds)
+            return executor(model, conds, x, timestep, options, *more)
+        self._asks_for_one = True
+        if mixes_prompts(options):
+            self._mixed = True
+            self._made += sigma > 0
             return executor(model, conds, x, timestep, options, *more)
         step = StepInfo(0, number, count)
-        place = _Place(window_of(inner), tuple(asked_of(model, cond, timestep, options) for cond in conds))
+        asked = tuple(asked_of(model, cond, timestep, options, beside) for cond in conds)
+        place = _Place(window_of(inner), asked)
         self._seen.add(place)
         self._asked.add(place.asked)
         differences = self._kept.setdefault(place, Differences(self._settings))

@@ -149,7 +149,7 @@ def step_of(sigma: float, levels: list[float]) -> tuple[int, int]:
     return max(0, begun - 1), steps
 
 
-def branches_of(options: Mapping[str, Any], known: dict[Any, str]) -> list[str]:
+def branches_of(options: Mapping[str, Any], known: dict[Any, str], differing: str = "") -> list[str]:
     """A name for each condition in a batch, in its order: "cond", "uncond", and "cond 2" for a second prompt.
 
     Args:
@@ -158,6 +158,7 @@ def branches_of(options: Mapping[str, Any], known: dict[Any, str]) -> list[str]:
             thus has one name, whether it comes alone or in a batch with others. One with an area is of both kinds:
             ComfyUI adds it to the other side, with its uuid. In a context window, and where blocks are replaced, it is
             another branch: clusters of other frames, or of another pass, say little.
+        differing: in what else the pass differs from the others at its noise level, see `Passes`; likewise.
     """
     kinds = list(options.get("cond_or_uncond") or [0])
     uuids = options.get("uuids")
@@ -167,6 +168,7 @@ def branches_of(options: Mapping[str, Any], known: dict[Any, str]) -> list[str]:
     beside = (f", {window}" if window else "") + (
         f", {len(replaced)} block{'s' * (len(replaced) > 1)} replaced" if replaced else ""
     )
+    beside += f", {differing}" if differing else ""
     names = []
     for key in zip(kinds, uuids, strict=True):
         if key not in known:

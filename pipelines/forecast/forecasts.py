@@ -138,6 +138,10 @@ class Forecasts:
         self.refused: list[float] = []
         """Estimated, of those that were computed because it was too much."""
 
+    def start_anew(self) -> None:
+        """Forget the lines: from here on the latents go another way. What was told of errors stays."""
+        self._branches = {}
+
     def computes(self, step: StepInfo, place: float, latents: torch.Tensor, keep: bool = False) -> bool:
         """Whether a pass has to be computed. All branches of a step are, or none of those that the last computed step
         had: guidance multiplies what differs.
@@ -151,7 +155,7 @@ class Forecasts:
         if step.step != self._step:
             self._step = step.step
             if self._way.jumps(place, latents):
-                self._branches = {}  # what they say of the way is of another one
+                self.start_anew()
             self._forecast = self._near(step, place, keep, latents.device)
             self._in_a_row = self._in_a_row + 1 if self._forecast else 0
         return keep or not self._forecast or not self._is_known(step.branch)

@@ -28,3 +28,11 @@ def test_each_control_net_of_a_chain_comes_and_goes_by_itself():
     last = SimpleNamespace(timestep_range=(0.8, 0.2), previous_controlnet=first)
     levels = [0.9, 0.6, 0.3, 0.1]
     assert len({asked(level, control=last) for level in levels}) == len(levels)
+
+
+def test_a_pass_without_a_part_of_its_prompt_is_another():
+    """LTX-2's Reference Audio makes one without the reference, of the same id."""
+    whole = {"model_conds": {"c_crossattn": 1, "ref_audio": 2}}
+    assert asked(0.5, **whole) == asked(0.4, **whole) != asked(0.5, model_conds={"c_crossattn": 1})
+    passes = [asked_of(None, [{"uuid": "p"}], torch.tensor([0.5]), {}, beside) for beside in ("", "blocks 29")]
+    assert passes[0] != passes[1]

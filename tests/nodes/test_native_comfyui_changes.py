@@ -114,7 +114,7 @@ def test_what_changes_in_each_step_is_told(cache):
     beside = {"hooks": hook({n / STEPS: 1 - n / STEPS for n in range(STEPS)})}
     passes(CACHES[cache](model, log), description, beside)
     (note,) = log.news().report.notes
-    assert "all " in note and "a ControlNet, a hook or a prompt changed 18 times" in note
+    assert "all " in note and "a ControlNet, a hook, a prompt or a node of guidance changed 18 times" in note
 
 
 @pytest.mark.parametrize("cache", CACHES)

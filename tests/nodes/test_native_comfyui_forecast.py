@@ -143,6 +143,15 @@ def test_new_noise_in_each_step_is_no_line():
     assert len(seen) == passes_of(model, description)
 
 
+@pytest.mark.parametrize("sampler", ["lcm", "euler_ancestral", "dpmpp_sde"])
+def test_new_noise_is_told_with_what_helps(sampler, caplog):
+    """The input of the node ends at 1, and the advice named 8.44."""
+    description, model, _ = tiny("wan_t2v")
+    sample(cache_steps(steady(model), ForecastSettings(0.1)), description, steps=20, sampler=sampler)
+    assert "raise tolerance" not in caplog.text
+    assert "a sampler that adds noise in each step leaves no line to go on, so take euler, uni_pc" in caplog.text
+
+
 def test_noise_that_begins_on_the_way():
     """sa_solver has steps without it first."""
     description, model, _ = tiny("wan_t2v")

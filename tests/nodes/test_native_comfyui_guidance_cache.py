@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gft_adapters import write_native
-from native_comfyui import defaults, models, patched, sample, tiny, windowed
+from native_comfyui import comfy, conditioning, defaults, models, patched, sample, tiny, windowed
 
 from vidaccel import GuidanceCache
 from vidaccel.nodes.native_forecast import cache_steps
 from vidaccel.nodes.native_guidance import guide
-from vidaccel.nodes.native_guidance_cache import _Cached, cache_guidance, guidance_log
+from vidaccel.nodes.native_guidance_cache import _Cached, cache_guidance, guidance_log, mixes_prompts
 from vidaccel.nodes.tables import report_text
 from vidaccel.nodes.wording import InputError
 from vidaccel.pipelines.forecast.settings import ForecastSettings
@@ -79,6 +79,70 @@ def test_without_guidance_nothing_changes(caplog):
     with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
         assert sample(cache_guidance(model, EVERY_2), plain).equal(sample(model, plain))
     assert not caplog.text
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+def test_guidance_within_attention_has_both_prompts_in_all_steps(cfg, caplog):
+    """NAG acts where both lie in one batch, with a cfg of 1, too, and did nothing where one was left out."""
+    nag = pytest.importorskip("comfy_extras.nodes_nag")
+    description, model, _ = tiny("hunyuan")
+    description = replace(description, cfg=cfg)
+    guided = nag.NAGuidance.execute(model, 5.0, 0.5, 1.5).args[0]
+    wanted = sample(guided, description, steps=6)
+    assert not wanted.equal(sample(model, description, steps=6))
+    assert sample(cache_guidance(guided, EVERY_2), description, steps=6).equal(wanted)
+    assert "all 6 passes of the negative prompt were made: another node changes attention where both" in caplog.text
+
+
+def test_patches_that_need_no_second_prompt_leave_the_cache_at_work():
+    """InfiniteTalk's, and those of samplers that ask for both passes with any cfg."""
+    audio = {"transformer_options": {"patches": {"attn2_patch": [print], "double_block": [print]}}}
+    assert not mixes_prompts(audio) and not mixes_prompts({"disable_cfg1_optimization": True})
+    assert mixes_prompts({**audio, "disable_cfg1_optimization": True})
+    assert mixes_prompts({"transformer_options": {"patches": {"attn1_output_patch": [print]}}})
+
+
+def guiders() -> dict:
+    """Guiders of ComfyUI that do not ask for two passes in one call, by a name: `(MODEL, positive, negative)`."""
+    import comfy_extras.nodes_custom_sampler as custom
+    from comfy_extras.nodes_perpneg import PerpNegGuider
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiTSimple
+
+    found = {
+        "DualCFGGuider": lambda m, p, n: custom.DualCFGGuider.execute(m, p, p, n, 4.0, 3.0, "regular"),
+        "PerpNegGuider": lambda m, p, n: PerpNegGuider.execute(m, p, n, n, 4.0, 1.0),
+        "SkipLayerGuidanceDiTSimple": lambda m, p, n: custom.CFGGuider.execute(
+            SkipLayerGuidanceDiTSimple.execute(m, 0.0, 1.0, "1", "").args[0], p, n, 4.0
+        ),
+    }
+    if hasattr(custom, "DualModelGuider"):
+        found["DualModelGuider"] = lambda m, p, n: custom.DualModelGuider.execute(m, p, 4.0, m, n)
+    return found
+
+
+@pytest.mark.parametrize("name", guiders())
+def test_guiders_that_ask_for_passes_apart_are_told(name):
+    description, model, _ = tiny("wan_t2v")
+    log = guidance_log()
+    positive, negative = (conditioning(description, seed, {}) for seed in (1, 2))
+    guider = guiders()[name](cache_guidance(model, EVERY_2, log), positive, negative).args[0]
+    sampling = model.get_model_object("model_sampling")
+    noise = torch.zeros(1, 16, *description.latent)
+    with torch.inference_mode():
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 4)
+        guider.sample(noise, noise, comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+    assert "the guider or another node asks for its passes apart" in report_text(log.news())
+
+
+def test_guidance_beside_a_cfg_of_1_is_none_of_another_guider():
+    """SkipLayerGuidanceDiT makes a further pass of the positive prompt."""
+    from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+
+    description, model, _ = tiny("wan_t2v")
+    log = guidance_log()
+    skipping = SkipLayerGuidanceDiT.execute(model, 3.0, 0.0, 0.6, "1", "", 0.0).args[0]
+    sample(cache_guidance(skipping, EVERY_2, log), replace(description, cfg=1.0))
+    assert "with a cfg of 1 there is none" in report_text(log.news())
 
 
 @pytest.mark.parametrize("first", ["sparse", "cache"])

@@ -213,3 +213,4 @@ def test_each_context_window_has_its_own_state(frames, anchor, words):
 def test_a_pass_with_replaced_blocks_has_its_own_state():
     options = {"cond_or_uncond": [0], "uuids": ["p"], "patches_replace": {"dit": {("double_block", 1): print}}}
     assert branches_of(options, {}) == ["cond, 1 block replaced"]
+    assert branches_of({}, {}, "stg_self_attn_blocks 29") == ["cond, stg_self_attn_blocks 29"]
