@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+OTHERWISE = "give DenseSchedule whole numbers for another choice"
+"""What a remark ends with, for who can."""
 _UNKNOWN = (
     "how many steps it has is unknown here, where the scheduler that runs is not that of the accelerated pipeline. "
     "Give the pipeline that scheduler, or use a whole number of first_steps"
@@ -100,13 +102,18 @@ class DenseSchedule:
         if reason := self.nothing_sparse(num_steps, num_layers):
             # A call of a pipeline may have longer runs beside this one, of other sizes.
             where = f" in runs of {num_steps} steps" if self._all_steps(num_steps) else ""
-            return f"{self}: {reason}, so nothing will be sparse{where}"
+            return f"{self._asked()}: {reason}, so nothing will be sparse{where}"
         layers = any(_count(value, num_layers) for value in (self.first_layers, self.last_layers))
         bounds = any(bound is not None for bound in (self.sigma_above, self.sigma_below))
         never = (self.sigma_above in (None, 1)) and (self.sigma_below in (None, 0))
         if bounds and never and not layers and not (self.first_steps or self.last_steps):
-            return f"{self}: no noise level is beyond these bounds, so nothing will be dense"
+            return f"{self._asked()}: no noise level is beyond these bounds, so nothing will be dense"
         return ""
+
+    def _asked(self) -> str:
+        """What it is set to, where it is set: "first_steps 0.3, last_layers 2"."""
+        given = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return ", ".join(f"{name} {value}" for name, value in given if value or (value == 0 and "sigma" in name))
 
     def nothing_sparse(self, num_steps: int | None, num_layers: int) -> str:
         """Why every call of a run stays dense; empty where some may be sparse, as far as is known. Args: as above."""
@@ -149,7 +156,7 @@ class DenseSchedule:
             return ""
         return (
             f"the run has {num_steps} steps, and the schedule's fractions keep {kept or 'none'} of them dense instead "
-            f"of {up}, which would be half of it or more: give DenseSchedule whole numbers for another choice"
+            f"of {up}, which would be half of it or more: {OTHERWISE}"
         )
 
     def dense_reason(self, step: StepInfo, layer: int, num_layers: int) -> str:

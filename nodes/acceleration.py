@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..attention import METHODS as SPARSE_METHODS
 from ..attention.methods.base import OutOfReach
+from ..attention.schedule import OTHERWISE
 from ..generation.errors import BadInput
 from ..generation.methods import DEFAULT_METHOD, build_method
 from ..generation.tuning.store import limit_of
@@ -22,6 +24,12 @@ if TYPE_CHECKING:
     from ..generation.model_facts import ModelFacts
 
 OWN = defaults_of(SPARSE_METHODS[DEFAULT_METHOD])
+# A field of `DenseSchedule` -> the input that sets it.
+_OF_SCHEDULE = {
+    "first_steps": "dense_start_percent",
+    "last_steps": "dense_end_percent",
+    "first_layers": "dense_layers",
+}
 METHODS = ("tangent", "svg2", "svg", "radial", "sparge", "vsa")
 
 
@@ -79,6 +87,17 @@ class Acceleration:
             return "compensate" if self.compensate else ""
         return "tangent" if self.method == "tangent" else ""
 
+    def check_layers(self, pipe: object) -> None:
+        """Raise BadInput where a pipeline has no block left that could be sparse."""
+        from ..pipelines.acceleration import find_transformers
+
+        for transformer, family in find_transformers(pipe).values():
+            blocks = max(family.depths(transformer), default=-1) + 1
+            if self.dense_layers >= blocks:
+                problem = f"this model has {blocks} transformer blocks, so nothing would be sparse"
+                fix = f"Give {blocks - 1} at most, or connect the pipeline from before this node."
+                raise BadInput("dense_layers", problem, fix, value=self.dense_layers)
+
     def on(self, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> tuple[Acceleration, str]:
         """The same on a machine, and what a report should say of it; "" for nothing.
 
@@ -121,10 +140,14 @@ class Acceleration:
         config["precision"] = chosen_precision(self.precision)
         if self.method != "svg2":
             del config["compensate"]
-        reasons = {
-            "first steps": "dense_start_percent",
-            "last steps": "dense_end_percent",
-            "first layers": "dense_layers",
-        }
+        reasons = {field.replace("_", " "): name for field, name in _OF_SCHEDULE.items()}
         records = tuple(replace(record, reason=reasons.get(record.reason, record.reason)) for record in report.records)
-        return replace(report, method=self.method, config=config, records=records)
+        notes = tuple(_worded(note) for note in report.notes)
+        return replace(report, method=self.method, config=config, records=records, notes=notes)
+
+
+def _worded(note: str) -> str:
+    """A note with the fields of a schedule named as the inputs."""
+    for field, name in _OF_SCHEDULE.items():
+        note = re.sub(rf"\b{field}\b", name, note)
+    return note.replace(OTHERWISE, "raise dense_start_percent or dense_end_percent for more")

@@ -200,7 +200,6 @@ class VidaccelGenerateVideo(io.ComfyNode):
                         default=0,
                         min=0,
                         max=8192,
-                        step=8,
                         tooltip=f"Pixels: a multiple of 16 for most (32 for LTX), any number for DC-VideoGen. {own}",
                     )
                     for side in ("width", "height")

@@ -142,7 +142,7 @@ class VideoPipeline:
 
         Raises:
             ValueError: the backend cannot run on the device, or not with `compensate`, Tangent or that precision.
-            InputError: a LoRA in it was trained for an attention of its own, or it has an acceleration already.
+            InputError: all of its layers would stay dense; a LoRA in it was trained for an attention of its own, or it has an acceleration already.
         """
         if self.acceleration is not None:
             raise InputError(
@@ -158,6 +158,8 @@ class VideoPipeline:
             raise InputError(f"the preset {self.preset.name} has a method: leave one of the two out.")
         with plain_messages():
             check_runs(acceleration.backend, self.residency.device, sparse=True)
+            if not self.facts.only_dense:
+                acceleration.check_layers(self.pipe)
         check_stand_ins(acceleration.backend, self.residency.device, acceleration.stand_ins)
         check_precision(acceleration.backend, self.residency.device, acceleration.precision)
         return replace(self, acceleration=acceleration)

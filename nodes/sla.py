@@ -100,6 +100,9 @@ class LearnedSLA(Acceleration):
     def adapters(self) -> tuple[Path, ...]:
         return tuple(adapter.path for adapter in self.learned)
 
+    def check_layers(self, pipe: object) -> None:
+        """Nothing to check: which stay dense was decided in the training."""
+
     def on(self, facts: ModelFacts, device: torch.device, dtype: torch.dtype) -> tuple[Acceleration, str]:
         return self, ""  # from how many tokens it pays is measured of methods that need no training
 

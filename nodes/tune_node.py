@@ -111,7 +111,7 @@ class VidaccelTune(io.ComfyNode):
                     tooltip="What the videos should not show. Used where guidance is above 1.",
                 ),
                 *(
-                    io.Int.Input(side, default=0, min=0, max=8192, step=8, tooltip=f"Pixels. {own}")
+                    io.Int.Input(side, default=0, min=0, max=8192, tooltip=f"Pixels. {own}")
                     for side in ("width", "height")
                 ),
                 io.Int.Input("frames", default=0, min=0, max=4097, tooltip=f"As in Generate Video. {own}"),

@@ -71,6 +71,10 @@ def test_a_schedule_in_which_nothing_is_ever_sparse_or_dense_says_so(schedule, m
     assert message in warning and bool(warning) == bool(message)
 
 
+def test_a_warning_names_what_is_set_and_no_more():
+    assert DenseSchedule(first_steps=4, sigma_below=0.0).warning(4, 10).startswith("first_steps 4, sigma_below 0.0: ")
+
+
 def test_all_steps_of_a_short_run_are_not_those_of_the_others():
     assert DenseSchedule(first_steps=1).warning(1, 10).endswith("so nothing will be sparse in runs of 1 steps")
     assert DenseSchedule(first_layers=10).warning(1, 10).endswith("so nothing will be sparse")

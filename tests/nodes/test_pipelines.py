@@ -253,6 +253,29 @@ def test_the_report_names_the_inputs(pipeline):
     assert set(svg2.report.news().report.config) == inputs
 
 
+def test_layers_that_would_all_stay_dense_are_refused_before_a_run(pipeline):
+    blocks = len(pipeline.pipe.transformer.blocks)
+    with pytest.raises(
+        InputError, match=f"^dense_layers is 99: this model has {blocks} transformer blocks, so .* Give"
+    ):
+        pipeline.accelerated(Acceleration(dense_layers=99))
+    with pytest.raises(InputError, match=f"^dense_layers is {blocks}: .* Give {blocks - 1} at most"):
+        pipeline.accelerated(Acceleration(dense_layers=blocks))
+    assert pipeline.accelerated(Acceleration(dense_layers=blocks - 1)).acceleration.dense_layers == blocks - 1
+
+
+def test_notes_of_a_schedule_name_the_inputs(pipeline):
+    """They had the schedule as Python prints it, and told to give it whole numbers."""
+    for share, said in (
+        (0.95, "dense_start_percent 0.95: all 3 steps stay dense, so nothing will be sparse in runs of 3 steps"),
+        (0.45, "which would be half of it or more: raise dense_start_percent or dense_end_percent for more"),
+    ):
+        chosen = Acceleration(density=0.5, dense_start_percent=share, dense_layers=0)
+        made = generate(pipeline.accelerated(chosen), settings(), on_step=ignore)
+        text = report_text(made.report.news())
+        assert said in text and "DenseSchedule" not in text
+
+
 def test_errors_are_measured_where_they_are_asked_for(pipeline):
     made = [
         generate(pipeline.accelerated(Acceleration(density=0.5, measure_error=rows)), settings(), on_step=ignore)
