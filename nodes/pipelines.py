@@ -142,7 +142,8 @@ class VideoPipeline:
 
         Raises:
             ValueError: the backend cannot run on the device, or not with `compensate`, Tangent or that precision.
-            InputError: all of its layers would stay dense; a LoRA in it was trained for an attention of its own, or it has an acceleration already.
+            InputError: all of its layers would stay dense, a LoRA in it was trained for an attention of its own, or it
+                has an acceleration already.
         """
         if self.acceleration is not None:
             raise InputError(

@@ -255,9 +255,7 @@ def test_the_report_names_the_inputs(pipeline):
 
 def test_layers_that_would_all_stay_dense_are_refused_before_a_run(pipeline):
     blocks = len(pipeline.pipe.transformer.blocks)
-    with pytest.raises(
-        InputError, match=f"^dense_layers is 99: this model has {blocks} transformer blocks, so .* Give"
-    ):
+    with pytest.raises(InputError, match=f"^dense_layers is 99: this model has {blocks} transformer blocks, so "):
         pipeline.accelerated(Acceleration(dense_layers=99))
     with pytest.raises(InputError, match=f"^dense_layers is {blocks}: .* Give {blocks - 1} at most"):
         pipeline.accelerated(Acceleration(dense_layers=blocks))
