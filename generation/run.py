@@ -20,6 +20,7 @@ from .model_facts import ModelFacts, check_packages
 from .pipeline_options import refusals as refused_options
 from .presets import refusals
 from .request import DEFAULT_FPS, Settings
+from .scheduler_noise import seeded
 from .sound import Sound
 from .text_limit import reading
 
@@ -129,7 +130,8 @@ def run(
 ) -> Run:
     """Run a pipeline once, dense (`method=None`, the pipeline as it is) or accelerated.
 
-    The initial noise comes from a CPU generator with the seed, so it is the same for every method and device.
+    The initial noise comes from a CPU generator with the seed, so it is the same for every method and device. What noise
+    a scheduler adds in its steps follows from the seed, too, and is the same for every method and process.
 
     Args:
         pipe: the pipeline.
@@ -221,6 +223,7 @@ def _call(
         reading(pipe) as heard,
         stepped(pipe, step_ended) as told,
         _without_bars(pipe),
+        seeded(device, settings.seed),
         contextlib.nullcontext() if crew is None else crew.guidance(pipe) as shared,
     ):
         result = pipe(
