@@ -14,6 +14,7 @@ import numpy as np
 
 from .calls import call_arguments, dtype_of, frames_of, guided, parts_of, row_of, sound_of, stepped
 from .comparison import GeneratedVideo
+from .compiled import counted, included
 from .errors import BadInput, worded
 from .machine import synchronise
 from .model_facts import ModelFacts, check_packages
@@ -269,14 +270,10 @@ def make_video(
     **options: Any,
 ) -> GeneratedVideo:
     """Run a pipeline once; the video as bytes, and its times. `options` are those of `run`."""
-    from ..pipelines.presets.compiling import graphs_made
-
-    before = graphs_made()
-    made = run(pipe, settings, method, on_step=on_step, **options)
+    made, graphs = counted(lambda: run(pipe, settings, method, on_step=on_step, **options))
     of_account = () if made.account is None else made.account.own_notes
-    if graphs := graphs_made() - before:
-        count = f"{graphs} graphs were" if graphs > 1 else "a graph was"
-        of_account = (*of_account, f"{count} compiled on the way, which its {made.seconds:.1f} s include")
+    if told := included(graphs, made.seconds):
+        of_account = (*of_account, told)
     return GeneratedVideo(
         name=name,
         frames=(made.frames * 255).round().astype(np.uint8),

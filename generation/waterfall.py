@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 
 from .calls import check_untouched, dtype_of
 from .comparison import FrameMetrics, check_comparable, compare, mean_psnr, over_what_differs
+from .compiled import included, uncompiled
 from .errors import BadInput, mention, worded
 from .machine import choose_device, choose_dtype, environment
 from .model_facts import ModelFacts, inspect_model, inspect_pipeline
@@ -23,7 +25,7 @@ from .presets import LEVERS, check_beside, refusals, request_preset
 from .progress import bars
 from .prompts import in_words, prompts_with_seeds, unknown_note
 from .request import Settings
-from .run import load, run, warm_up
+from .run import Run, load, run, warm_up
 from .stages import BASE, Stage, stages
 from .values import count
 from .waterfall_checks import check_named
@@ -399,6 +401,7 @@ def _measure(
     tell: Callable[..., None],
 ) -> Iterator[Row]:
     seconds: list[list[tuple[float, ...]]] = [[] for _ in plan]
+    late: list[list[str]] = [[] for _ in plan]  # what was compiled all the same, in runs that count
     rows: list[Row] = []
     reference: list[np.ndarray] = []
     for number in range(rounds):
@@ -409,7 +412,9 @@ def _measure(
                 taken, videos, passes = [], [], []
                 cut: list[str] = []
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-                    made = run(pipe, replace(settings, prompt=prompt, seed=seed))
+                    request = replace(settings, prompt=prompt, seed=seed)
+                    made, graphs = uncompiled(functools.partial(_counted, pipe, handle, request, first=not taken))
+                    late[place] += filter(None, [included(graphs, made.seconds)])
                     taken.append(made.seconds)
                     account = handle.report()
                     passes.append(account.last().counts())  # a cache that goes by content skips more of some
@@ -436,7 +441,17 @@ def _measure(
                     sum(each.identical_frames for each in near if each is not None),
                 )
             )
-    return (replace(row, seconds=tuple(each)) for row, each in zip(rows, seconds, strict=True))
+    return (
+        replace(row, seconds=tuple(each), notes=(*row.notes, *told))
+        for row, each, told in zip(rows, seconds, late, strict=True)
+    )
+
+
+def _counted(pipe: Any, handle: Any, request: Settings, first: bool) -> Run:
+    """A run of a stage; a stage's report begins with the first of them that compiles nothing."""
+    if first:
+        handle.reset()
+    return run(pipe, request)
 
 
 def _mean(counts: Sequence[Mapping[str, int]], name: str) -> float:
@@ -456,7 +471,6 @@ def _at_work(models: _Models, stage: Stage, settings: Settings) -> Iterator[tupl
         apply(pipe, stage.preset, base=models.facts(stage.model).location) as handle,
     ):
         warm_up(pipe, settings, None, handle)
-        handle.reset()
         yield pipe, handle
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ...pipelines.whole_files import write_bytes
 from ..comparison import compare
+from ..compiled import uncompiled
 from ..errors import BadInput, worded
 from ..presets import refusals
 from ..request import Settings
@@ -25,7 +26,7 @@ from .journal import Journal
 from .prediction import DenseRun
 from .result import Confirmed
 from .space import Candidate
-from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record, uncompiled
+from .trajectory import Clock, Probe, Trajectory, as_bytes, probe, probed_steps, record
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +241,7 @@ class Bench:
             return as_bytes(made.frames), seconds, made
 
         self._warmed()
-        return uncompiled(timed)
+        return uncompiled(timed)[0]
 
     def _tried(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any] | str:
         """From the journal, or measured and written there; a refusal, NaN or too little memory is a text.

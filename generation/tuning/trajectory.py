@@ -17,10 +17,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..compiled import uncompiled
 from ..machine import synchronise
 from ..run import run
 
@@ -30,21 +31,6 @@ if TYPE_CHECKING:
 
 Clock = Callable[[], float]
 """Seconds from some start; `time.perf_counter`, but for tests."""
-Made = TypeVar("Made")
-TRIES = 3
-"""Runs of what is timed, as long as code is compiled on the way: another shape may come in the middle of one."""
-
-
-def uncompiled(measure: Callable[[], Made]) -> Made:
-    """What `measure` gives when no code is compiled within it: it is repeated, up to `TRIES` runs in all."""
-    from ...pipelines.presets.compiling import graphs_made
-
-    for _ in range(TRIES):
-        graphs = graphs_made()
-        made = measure()
-        if graphs_made() == graphs:
-            break
-    return made
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from diffusers import FirstBlockCacheConfig, WanPipeline
+from families import ltx
 
 import vidaccel
 from vidaccel import SLA, SVG2, DenseSchedule, Preset, demo
@@ -20,6 +21,7 @@ from vidaccel.generation.stages import Stage, stages
 from vidaccel.generation.waterfall import Row, Waterfall
 from vidaccel.generation.waterfall_page import write_waterfall
 from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice, load_preset
+from vidaccel.pipelines.presets.compiling import graphs_made
 
 SMALL = {"frames": 9, "height": 64, "width": 64, "progress": False, "steps": 4}
 PROMPTS = demo.HELD_OUT_PROMPTS[:2]
@@ -325,3 +327,27 @@ def test_guidance_without_a_lever_that_it_comes_with_is_that_of_all_rows():
         ("method", 3.0),
         ("cache", 3.0),
     ]
+
+
+@pytest.mark.compiler
+def test_compilation_is_in_no_row(monkeypatch):
+    """A guidance cache halves the batch in some steps, for which blocks are compiled anew in the middle of a run."""
+    from vidaccel.generation import waterfall as module
+
+    of_runs: dict[float, int] = {}
+
+    def run(*args, **kwargs):
+        before = graphs_made()
+        made = plain(*args, **kwargs)
+        of_runs[made.seconds] = graphs_made() - before
+        return made
+
+    plain = module.run
+    monkeypatch.setattr(module, "run", run)
+    preset = Preset(name="p", compile=True, guidance_cache=2, guidance_scale=3.0)
+    made = vidaccel.waterfall(ltx.ltx(), preset, ["a dot moves"], rounds=1, **{**SMALL, "steps": 6})
+    assert sum(of_runs.values()) > 0 and len(made.rows) == 3
+    for row in made.rows:
+        assert [of_runs[seconds] for seconds in row.seconds[0]] == [0]
+        assert not any("compiled" in note for note in row.notes)
+    assert "made 4 of 6 second passes" in made.rows[-1].notes[0]  # those of the run that counts alone
