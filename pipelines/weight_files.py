@@ -33,13 +33,18 @@ def transformer_files(base: str, part: str = "transformer", samples: int = 16) -
     """
     digest = hashlib.sha256(json.dumps(stated_config(base, part) or {}, sort_keys=True).encode())
     for path in _weights(base, part):
-        size = path.stat().st_size
-        digest.update(f"{size}".encode())
-        with open(path, "rb") as file:
-            for number in range(samples):
-                file.seek(size * number // samples)
-                digest.update(file.read(4096))
+        add_samples(digest, path, samples)
     return digest.hexdigest()[:16]
+
+
+def add_samples(digest: Any, path: Path, samples: int = 16) -> None:
+    """Take the size of a file and `samples` evenly spaced parts of 4 KiB into a hash."""
+    size = path.stat().st_size
+    digest.update(f"{size}".encode())
+    with open(path, "rb") as file:
+        for number in range(samples):
+            file.seek(size * number // samples)
+            digest.update(file.read(4096))
 
 
 def stated_config(base: str, part: str = "transformer") -> dict[str, Any] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +48,7 @@ class Journal:
             raise BadInput("out", problem, "Give another folder, or remove it.", value=self.file.parent) from error
         if found is None:
             return False
-        names = [name for name in {**head, **found} if head.get(name) != found.get(name)]
-        if names:
-            told = "; ".join(f"{name} was {_short(found.get(name))} and is {_short(head.get(name))}" for name in names)
+        if told := "; ".join(_differing(found, head)):
             raise BadInput(
                 "out",
                 f"it holds measurements of something else: {told}",
@@ -87,6 +85,16 @@ def kept(folder: Path) -> int:
         return max((folder / FILE).read_bytes().count(b"\n") - 1, 0)  # the first line is its head
     except OSError:
         return 0
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What was one thing and is another, in words; of values that have names themselves, those that differ."""
+    for name in {**now, **before}:
+        was, is_ = before.get(name), now.get(name)
+        if isinstance(was, dict) and isinstance(is_, dict):
+            yield from (f"{name}: {told}" for told in _differing(was, is_))
+        elif was != is_:
+            yield f"{name} was {_short(was)} and is {_short(is_)}"
 
 
 def _short(value: Any) -> str:

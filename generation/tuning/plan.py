@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...pipelines.nearest_name import nearest
 from ...pipelines.presets.files import TUNED
-from ...pipelines.weight_files import stated_config, transformer_files
 from ..comparison import check_comparable
 from ..errors import BadInput, mention
 from ..job import Job, prepare
-from ..machine import environment, version_of
 from ..outputs import check_writable
 from ..presets import uncompiled, unquantised
 from ..prompts import prompts_with_seeds
@@ -23,6 +21,7 @@ from ..sparse import Sparse
 from ..values import count, places
 from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
+from .identity import identity_of
 from .journal import FILE, Journal
 from .space import CACHES, EFFORTS, LEVERS, LayersLever, guidance_levers, layers_levers, quantize_levers
 
@@ -286,52 +285,4 @@ def requested(plan: Plan) -> str:
 
 def journal_of(plan: Plan) -> Journal:
     """The journal in a plan's folder; BadInput for one of something else."""
-    return Journal(plan.out, _identity(plan))
-
-
-def _identity(plan: Plan) -> dict[str, Any]:
-    """What measurements are of: those of something else are not to be mixed with them."""
-    import torch
-
-    job, size = plan.job, plan.job.settings
-    told = environment(job.device)
-    return {
-        "model": job.facts.name,
-        "pipeline": job.facts.pipeline_class,
-        "transformer": hashlib.sha256(repr(sorted(job.facts.transformer.items())).encode()).hexdigest()[:16],
-        "size": [size.frames, size.height, size.width],
-        "steps": size.steps,
-        "guidance_scale": size.guidance_scale,
-        "negative_prompt": size.negative_prompt,
-        "prompts": list(plan.prompts),
-        "seeds": list(plan.seeds),
-        "dtype": str(job.dtype),
-        "offload": job.offload,
-        "tiling": job.tiling,
-        "device": told.get("GPU", told["CPU"]),
-        "torch": torch.__version__,
-        "vidaccel": told["vidaccel"],
-        "packages": {name: version_of(name) for name in ("diffusers", "transformers", "triton", "torchao")},
-        "weights": _files(job) if job.pipe is None else _weights(job.pipe),
-    }
-
-
-def _files(job: Job) -> str:
-    """A hash of some of each file of the transformers of a model by name or folder, which may be trained in place."""
-    names = [name for name in ("transformer", "transformer_2") if stated_config(job.facts.location, name) is not None]
-    return " ".join(transformer_files(job.facts.location, name) for name in names)
-
-
-def _weights(pipe: Any) -> str:
-    """A hash of some of each weight of a loaded pipeline's transformers, LoRAs among them, and of how strong these are:
-    its name does not tell them."""
-    from ...pipelines.acceleration.families import find_transformers
-
-    digest = hashlib.sha256()
-    for transformer, _family in find_transformers(pipe).values():
-        for name, weight in transformer.named_parameters():
-            some = [] if weight.is_meta else weight.detach().flatten()[:16].float().tolist()
-            digest.update(repr((name, tuple(weight.shape), some)).encode())
-        strengths = {path: part.scaling for path, part in transformer.named_modules() if hasattr(part, "lora_A")}
-        digest.update(repr(sorted((path, sorted(value.items())) for path, value in strengths.items())).encode())
-    return digest.hexdigest()[:16]
+    return Journal(plan.out, identity_of(plan))

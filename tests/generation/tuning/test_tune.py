@@ -20,7 +20,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import load_file, save_file
 
 import vidaccel
@@ -30,9 +30,15 @@ from vidaccel.generation.alone import LOCK, OWNER, alone
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_pipeline
 from vidaccel.generation.request import Settings
+from vidaccel.generation.schedulers import stated_in_files
 from vidaccel.generation.tuning import bench, space
+from vidaccel.generation.tuning.identity import (
+    others_in_files,
+    weights_in_files,
+    weights_of_others,
+    weights_of_transformers,
+)
 from vidaccel.generation.tuning.journal import FILE, Journal
-from vidaccel.generation.tuning.plan import _files
 from vidaccel.generation.tuning.trajectory import probe, record
 from vidaccel.pipelines.presets import Cache, Compile, Quantize, load_preset
 
@@ -161,11 +167,63 @@ def test_prompts_that_are_cut_off_are_told_and_stay_in_the_journal(pipe, layers,
 def test_weights_that_were_trained_on_in_place_are_another_model(tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(demo.path(), folder)
-    job = SimpleNamespace(facts=SimpleNamespace(location=str(folder)))
-    before = _files(job)
-    file = next((folder / "transformer").glob("*.safetensors"))
-    save_file({name: 1.5 * value for name, value in load_file(file).items()}, file)
-    assert _files(job) != before
+    for part, own in (("transformer", weights_in_files), ("vae", others_in_files), ("text_encoder", others_in_files)):
+        before = weights_in_files(str(folder)), others_in_files(str(folder))
+        file = next((folder / part).glob("*.safetensors"))
+        save_file({name: 1.5 * value for name, value in load_file(file).items()}, file, metadata={"format": "pt"})
+        after = weights_in_files(str(folder)), others_in_files(str(folder))
+        assert [a != b for a, b in zip(before, after, strict=True)] == [own is weights_in_files, own is others_in_files]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loaded_pipeline_with_other_weights_is_another(dtype):
+    """Wherever in a weight they are, and in whatever part."""
+    pipe = WanPipeline.from_pretrained(demo.path(), torch_dtype=dtype)
+    both = (weights_of_transformers, weights_of_others)
+    before = [told(pipe) for told in both]
+    assert [told(pipe) for told in both] == before
+    with torch.no_grad():
+        pipe.transformer.blocks[2].attn2.to_q.weight[1:] *= 1.3
+    after = [told(pipe) for told in both]
+    assert after[0] != before[0] and after[1] == before[1]
+    for part in (pipe.vae, pipe.text_encoder):
+        before = weights_of_others(pipe)
+        with torch.no_grad():
+            next(part.parameters()).mul_(1.05)
+        assert weights_of_others(pipe) != before
+    assert weights_of_transformers(pipe) == after[0]
+
+
+def test_weights_that_are_offloaded_one_by_one_count(tmp_path):
+    """Their places in the modules are empty."""
+    pytest.importorskip("accelerate")
+    from accelerate import cpu_offload
+
+    def told(factor: float) -> str:
+        pipe = WanPipeline.from_pretrained(demo.path())
+        with torch.no_grad():
+            pipe.vae.decoder.conv_in.weight.mul_(factor)
+        cpu_offload(pipe.vae, torch.device("cpu"))
+        assert pipe.vae.decoder.conv_in.weight.is_meta
+        return weights_of_others(pipe)
+
+    assert told(1.0) == told(1.0) != told(2.0)
+
+
+def test_another_scheduler_is_another_journal(pipe, layers, tmp_path, monkeypatch):
+    options = {"min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **TINY}
+    vidaccel.tune(pipe, PROMPTS[:1], out=tmp_path / "t", **options)
+    monkeypatch.setattr(pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=8.0))
+    with pytest.raises(BadInput, match="scheduler: _class_name was .UniPCMultistep.* and is .FlowMatchEuler"):
+        vidaccel.tune(pipe, PROMPTS[:1], out=tmp_path / "t", **options)
+    folder = tmp_path / "model"
+    shutil.copytree(demo.path(), folder)
+    identity = {"scheduler": stated_in_files(str(folder))}
+    Journal(tmp_path / "of files", identity)
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 12.0}))
+    with pytest.raises(BadInput, match=r"else: scheduler: flow_shift was 3\.0 and is 12\.0\. Give"):
+        Journal(tmp_path / "of files", {"scheduler": stated_in_files(str(folder))})
 
 
 def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, tmp_path, monkeypatch):
