@@ -10,8 +10,9 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
-from .errors import worded
+from .errors import BadInput, worded
 from .request import INPUTS
+from .schedulers import scheduler_words, stated, stated_in_files
 
 if TYPE_CHECKING:
     from .job import Job
@@ -37,6 +38,7 @@ def described(job: Job, name: Callable[[str], str] = str) -> dict[str, str]:
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",
         **loras,
         **free,
+        **_scheduler(job),
         **({"SLA": ", ".join(a.path.name for a in job.sla)} if job.sla else {}),
         **({} if job.riflex is None else {"rotary embedding": f"RIFLEx from {job.riflex.frames} latent frames"}),
         **({} if job.beside is None else job.beside.levers()),
@@ -53,6 +55,17 @@ def described(job: Job, name: Callable[[str], str] = str) -> dict[str, str]:
         **({} if job.precision is None else {"precision": f"{job.precision} in sparse attention"}),
         "dtype": f"{job.dtype}, autoencoder {of_vae}".replace("torch.", ""),
     }
+
+
+def _scheduler(job: Job) -> dict[str, str]:
+    """That of the model; none where an adapter for few steps brings one, or nothing tells it."""
+    if any(adapter.sigmas for adapter in job.guidance_free):
+        return {}
+    try:
+        told = stated_in_files(job.facts.location) if job.pipe is None else stated(job.pipe.scheduler)
+    except BadInput:
+        return {}
+    return {} if told is None else {"scheduler": scheduler_words(told)}
 
 
 def _inputs(job: Job) -> dict[str, str]:

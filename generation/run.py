@@ -131,8 +131,8 @@ def run(
 ) -> Run:
     """Run a pipeline once, dense (`method=None`, the pipeline as it is) or accelerated.
 
-    The initial noise comes from a CPU generator with the seed, so it is the same for every method and device. What noise
-    a scheduler adds in its steps follows from the seed, too, and is the same for every method and process.
+    The initial noise comes from a CPU generator with the seed, so it is the same for every method and device. The
+    noise that a scheduler adds in its steps follows from the seed, too, and is the same for every method and process.
 
     Args:
         pipe: the pipeline.

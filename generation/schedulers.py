@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.locations import is_hub_id
 from .errors import BadInput
 from .model_files import Reader, reader
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-    from ..pipelines.presets import Preset, SchedulerChoice
+    from ..pipelines.presets import SchedulerChoice
 
 CLASS = "_class_name"
 """Of a scheduler, in its file and in what is told here."""
@@ -53,12 +56,19 @@ def _read(read: Reader) -> dict[str, Any] | None:
     return {name: value for name, value in found.items() if name == CLASS or not name.startswith("_")}
 
 
-def scheduler_words(scheduler: Any) -> str:
-    """The class, with the settings that are not its default."""
-    told = stated(scheduler)
-    own = {k: v for k, v in told.items() if k != CLASS and v != _defaults(type(scheduler))[k]}
-    words = ", ".join(f"{name} {_value(value)}" for name, value in own.items())
-    return told[CLASS] + (f" ({words})" if words else "")
+def scheduler_words(told: Mapping[str, Any]) -> str:
+    """A scheduler that is `stated`, or `stated_in_files`: its class, with the settings that are not its defaults."""
+    from ..pipelines.presets import PresetError, SchedulerChoice
+    from ..pipelines.presets.checks import scheduler_class
+
+    name = str(told.get(CLASS))
+    try:
+        defaults = _defaults(scheduler_class(SchedulerChoice(name)))
+    except PresetError:  # of somebody's own, whose defaults are not known
+        return name
+    own = {key: value for key, value in told.items() if value != defaults.get(key, value)}
+    words = ", ".join(f"{key} {_value(value)}" for key, value in sorted(own.items()))
+    return name + (f" ({words})" if words else "")
 
 
 def _value(value: Any) -> str:
@@ -80,10 +90,10 @@ def changed_scheduler(pipe: DiffusionPipeline, location: str) -> SchedulerChoice
     from ..pipelines.presets.checks import chosen_scheduler
 
     told, defaults = stated(pipe.scheduler), _defaults(type(pipe.scheduler))
-    try:
-        files = stated_in_files(location) or {}
-    except BadInput:  # not to be had: what is written is right all the same
-        files = {}
+    files: Mapping[str, Any] = {}  # where they are not to be had: what is written is right all the same
+    if Path(location).is_dir() or is_hub_id(location):  # else of a pipeline that does not know where it is from
+        with contextlib.suppress(BadInput):
+            files = stated_in_files(location) or {}
     name = told.pop(CLASS)
     if files.get(CLASS) == name and all(files.get(key, defaults[key]) == value for key, value in told.items()):
         return None
@@ -95,15 +105,6 @@ def changed_scheduler(pipe: DiffusionPipeline, location: str) -> SchedulerChoice
     choice = SchedulerChoice(name, settings)
     chosen_scheduler(pipe, Preset(scheduler=choice))
     return choice
-
-
-def scheduler_at_work(pipe: DiffusionPipeline, preset: Preset | None = None) -> str:
-    """The scheduler of a run in words, for a reader; "none" where the pipeline has none."""
-    if preset is not None and preset.scheduler is not None:
-        from ..pipelines.presets.checks import chosen_scheduler
-
-        return scheduler_words(chosen_scheduler(pipe, preset))
-    return scheduler_words(pipe.scheduler) if getattr(pipe, "scheduler", None) is not None else "none"
 
 
 def _defaults(cls: type) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ from .progress import bars
 from .prompts import in_words, prompts_with_seeds, unknown_note
 from .request import Settings
 from .run import Run, load, run, warm_up
+from .schedulers import scheduler_words, stated
 from .stages import BASE, Stage, stages
 from .values import count
 from .waterfall_checks import check_named
@@ -301,6 +302,7 @@ def waterfall(
     told = {
         "size": first.extent,
         "videos": in_words(texts, numbers, rounds),
+        "scheduler": scheduler_words(stated(models.pipe(plan[0].model).scheduler)),
         "dtype": str(models.dtype(plan[0].model)).removeprefix("torch."),
     }
     return Waterfall(chosen, tuple(measured), texts, numbers, told, environment(models.device), tuple(notes))

@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from ..methods import DEFAULT_METHOD
 from ..model_facts import inspect_model
 from ..prompts import in_words, unknown_note
 from ..run import load
+from ..schedulers import changed_scheduler, scheduler_words, stated
 from ..values import count, number
 from .bench import Bench, Done
 from .break_even import find_break_even, timer
@@ -276,11 +277,13 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         notes.append(f"{search.left_out:,} more combinations were predicted, {why}.")
     if search.ran_out:
         notes.append(f"Videos were made of {plan.most} candidates, the most that was asked for; another is promising.")
-    size = job.settings
+    size, loras = job.settings, _loras(parts)
     settings = {
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",
         "size": f"{size.extent}, {job.layout.tokens:,} tokens",
         "steps": str(size.steps),
+        "scheduler": scheduler_words(stated(pipe.scheduler)),
+        **({"LoRAs": ", ".join(loras)} if loras else {}),
         "guidance scale": "none" if size.guidance_scale is None else f"{size.guidance_scale:g}",
         "budget": str(plan.budget),
         "negative prompt": size.negative_prompt or "none",
@@ -301,10 +304,10 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         plan.prompts,
         tuple(notes),
     )
-    return made if outcome != FOUND else _with_preset(made, job, plan.out)
+    return made if outcome != FOUND else _with_preset(made, job, plan.out, loras)
 
 
-def _with_preset(made: Tuned, job: Job, folder: Path) -> Tuned:
+def _with_preset(made: Tuned, job: Job, folder: Path, loras: Sequence[str]) -> Tuned:
     own = made.chosen.confirmed
     measured = {
         "times_as_fast": round(statistics.median(made.gain), 3),
@@ -318,19 +321,48 @@ def _with_preset(made: Tuned, job: Job, folder: Path) -> Tuned:
         "machine": made.environment.get("GPU", made.environment["CPU"]),
         "torch": made.environment["torch"],
     }
+    from ...pipelines.presets import PresetError
+
     facts, scale = _facts_of(job), job.settings.guidance_scale
     # The model's own is what a call without one has, under whatever name the pipeline takes it.
     if made.chosen.candidate.adapter is not None or scale != job.facts.call_defaults().get("guidance_scale"):
         facts["guidance_scale"] = scale
+    adapter, notes = made.chosen.candidate.adapter, list(made.notes)
+    if job.pipe is not None and (adapter is None or adapter.steps is None):  # else it brings its own scheduler
+        try:
+            if (scheduler := changed_scheduler(job.pipe, job.facts.location)) is not None:
+                facts["scheduler"] = scheduler
+        except PresetError as error:
+            notes.append(f"The preset cannot name the scheduler that was measured with, {error}")
+    if loras:
+        notes.append(
+            f"The pipeline that was measured has LoRAs, which are not in the preset: {', '.join(loras)}. Give them "
+            "beside it; without them, its gain and its distance from dense may be others."
+        )
     preset = made.chosen.candidate.preset(**facts, measured=measured)
-    return replace(made, preset=preset, command=_command(preset, job, folder))
+    return replace(made, preset=preset, command=_command(preset, job, folder, loras), notes=tuple(notes))
 
 
-def _command(preset: Preset, job: Job, folder: Path) -> str:
+def _loras(parts: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Names of the adapters that are at work in the layers of transformers."""
+    from ...pipelines.kept_loras import tuner_layers
+
+    names: dict[str, None] = {}
+    for transformer, _family in parts.values():
+        if not hasattr(transformer, "peft_config"):
+            continue
+        for layer in tuner_layers(transformer).values():
+            if not layer.disable_adapters:
+                names |= dict.fromkeys(name for name in layer.active_adapters if name in layer.lora_A)
+    return list(names)
+
+
+def _command(preset: Preset, job: Job, folder: Path, loras: Sequence[str]) -> str:
     """What makes a video like those that the preset was measured with, for a shell."""
     size = job.settings
     words: list[object] = [] if preset.model else ["--model", "..."]
     words += ["--preset", folder / PRESET]
+    words += ["--lora", "..."] * len(loras)
     words += ["--frames", size.frames, "--height", size.height, "--width", size.width]
     words += ["--negative-prompt", size.negative_prompt] if size.negative_prompt else []
     return f'vidaccel generate "..." {shlex.join(map(str, words))}'

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.weight_files import add_samples, adapter_folder, stated_config, transformer_file, transformer_files
+from ...pipelines.weight_files import adapter_folder, add_samples, stated_config, transformer_file, transformer_files
 from ..machine import environment, version_of
 from ..schedulers import stated, stated_in_files
 

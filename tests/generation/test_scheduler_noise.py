@@ -1,4 +1,4 @@
-"""Schedulers that draw noise in their steps, to which pipelines give no generator: the same seed means the same video."""
+"""Schedulers that draw noise in their steps, to which pipelines give no generator: same seed, same video."""
 
 from __future__ import annotations
 

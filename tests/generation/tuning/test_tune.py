@@ -14,13 +14,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from html import unescape
-from types import SimpleNamespace
 
 import filelock
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from layer_clock import layer_clock
 from safetensors.torch import load_file, save_file
 
 import vidaccel
@@ -30,7 +30,7 @@ from vidaccel.generation.alone import LOCK, OWNER, alone
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_pipeline
 from vidaccel.generation.request import Settings
-from vidaccel.generation.schedulers import stated_in_files
+from vidaccel.generation.schedulers import changed_scheduler, scheduler_words, stated, stated_in_files
 from vidaccel.generation.tuning import bench, space
 from vidaccel.generation.tuning.identity import (
     others_in_files,
@@ -224,6 +224,36 @@ def test_another_scheduler_is_another_journal(pipe, layers, tmp_path, monkeypatc
     file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 12.0}))
     with pytest.raises(BadInput, match=r"else: scheduler: flow_shift was 3\.0 and is 12\.0\. Give"):
         Journal(tmp_path / "of files", {"scheduler": stated_in_files(str(folder))})
+
+
+def test_a_preset_names_the_scheduler_that_it_was_measured_with(pipe, layers, tmp_path, monkeypatch):
+    """Where it is not that of the model's files: the command makes the video that was measured."""
+    own = pipe.scheduler
+    monkeypatch.setattr(pipe, "scheduler", FlowMatchEulerDiscreteScheduler(shift=8.0))
+    options = {"min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **TINY}
+    made = vidaccel.tune(pipe, PROMPTS[:1], 3, out=tmp_path / "t", **options)
+    assert made.settings["scheduler"] == "FlowMatchEulerDiscreteScheduler (shift 8)" and not made.notes
+    here = vidaccel.generate(pipe, PROMPTS[0], seed=3, preset=tmp_path / "t" / "preset.yaml", progress=False, **TINY)
+    file = load_preset(tmp_path / "t" / "preset.yaml")
+    assert file.scheduler.name == "FlowMatchEulerDiscreteScheduler" and file.scheduler.settings["shift"] == 8.0
+    again = vidaccel.generate("demo", PROMPTS[0], seed=3, preset=file, progress=False, device="cpu", **TINY)
+    assert np.array_equal(here.frames, again.frames)
+    # Of the same class with another setting; and of the files' own.
+    monkeypatch.setattr(pipe, "scheduler", type(own).from_config(own.config, flow_shift=9.0))
+    assert changed_scheduler(pipe, str(demo.path())).settings["flow_shift"] == 9.0
+    monkeypatch.setattr(pipe, "scheduler", own)
+    assert changed_scheduler(pipe, str(demo.path())) is None
+    assert scheduler_words(stated(own)) == scheduler_words(stated_in_files(str(demo.path())))
+
+
+def test_loras_of_the_pipeline_are_said_to_be_missing_in_the_preset(tmp_path):
+    peft = pytest.importorskip("peft")
+    pipe = WanPipeline.from_pretrained(demo.path())
+    pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "mine")
+    with layer_clock(pipe) as clock:
+        made = vidaccel.tune(pipe, PROMPTS[:1], 3, out=tmp_path / "t", min_psnr=1.0, clock=clock, **CACHE_ALONE, **TINY)
+    assert made.settings["LoRAs"] == "mine" and "--lora ..." in made.command
+    assert any("has LoRAs, which are not in the preset: mine. Give them" in note for note in made.notes)
 
 
 def test_an_interrupted_run_goes_on_and_another_budget_knows_all(pipe, layers, tmp_path, monkeypatch):
