@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from ...attention.schedule import StepInfo
+from ...attention.schedule import DenseSchedule, StepInfo
 from ..decibel import decibel, square
 from .space import Candidate
 from .trajectory import Probe
@@ -88,7 +88,7 @@ def predict(
         errors = np.interp(range(steps), list(in_layers.errors), list(in_layers.errors.values()))
         dense_seconds = in_layers.step_seconds
     of_layers, sparse_seconds = errors, dense_seconds
-    kept = np.zeros(steps, dtype=bool)
+    kept, schedule = np.zeros(steps, dtype=bool), None
     if sparse is not None:
         schedule = candidate.schedule or candidate.sparse.method.schedule
         kept = np.array([bool(schedule.step_reason(StepInfo(0, step, steps))) for step in range(steps)])
@@ -111,8 +111,8 @@ def predict(
     if guidance is not None:
         missing = guidance.incomplete
         left = np.isin(range(steps), missing)
-        if cache is not None:
-            left = np.array(_left_out(candidate.guidance, tuple(map(bool, share))))
+        if cache is not None or schedule is not None:
+            left = np.array(_left_out(candidate.guidance, tuple(map(bool, share)), schedule))
         # Of two passes as much is left, whatever makes each of them faster.
         rest = statistics.median(guidance.seconds[step] for step in missing) / dense.step_seconds
         seconds = np.where(left, rest * seconds, seconds)
@@ -123,11 +123,11 @@ def predict(
 
 
 @functools.lru_cache(maxsize=4096)
-def _left_out(settings: GuidanceCache, computed: tuple[bool, ...]) -> tuple[bool, ...]:
+def _left_out(settings: GuidanceCache, computed: tuple[bool, ...], dense: DenseSchedule | None) -> tuple[bool, ...]:
     """See `left_out`; combinations that differ in other levers ask the same."""
     from ...pipelines.guidance_cache.differences import left_out
 
-    return left_out(settings, computed)
+    return left_out(settings, computed, dense)
 
 
 def _left_after(probe: Probe, first: int, layers: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ...attention import StepInfo
+from ...attention import DenseSchedule, StepInfo
 from .settings import GuidanceCache
 
 
@@ -15,15 +15,18 @@ class Differences:
 
     Args:
         settings: which steps make both passes, and how the difference goes on.
+        dense: the steps of sparse attention that are computed whole, whatever the settings say; None for none.
     """
 
-    def __init__(self, settings: GuidanceCache) -> None:
-        self._settings, self._schedule = settings, settings.schedule
+    def __init__(self, settings: GuidanceCache, dense: DenseSchedule | None = None) -> None:
+        self._settings, self._schedule, self._dense = settings, settings.schedule, dense
         self._run = -1
         self._kept: list[tuple[int, list[torch.Tensor]]] = []  # step, and first minus second pass, in float32
         self._left_out = 0  # steps since the last of them
         self.uncounted = 0
         """Steps that have to make both passes because it is not known how many there are."""
+        self.kept_dense = 0
+        """Steps that make both because they are dense, behind the first ones that do."""
 
     def wanted(self, step: StepInfo, shapes: Sequence[torch.Size], computed: bool = True) -> bool:
         """Whether a step has to make both passes.
@@ -44,6 +47,9 @@ class Differences:
             self.uncounted += 1
             return True
         if self._schedule.step_reason(step):
+            return True
+        if self._dense is not None and self._dense.step_reason(step):
+            self.kept_dense += 1
             return True
         # A step may have left nothing out and made no difference either, as where a sampler makes one pass alone.
         return max(self._left_out + 1, step.step - self._kept[-1][0]) >= self._settings.every
@@ -73,14 +79,15 @@ class Differences:
         self._kept, self._left_out = [], 0
 
 
-def left_out(settings: GuidanceCache, computed: Sequence[bool]) -> tuple[bool, ...]:
+def left_out(settings: GuidanceCache, computed: Sequence[bool], dense: DenseSchedule | None = None) -> tuple[bool, ...]:
     """Which steps of a run leave their second pass out.
 
     Args:
         settings: which steps make both passes, as far as it is theirs to say.
         computed: of each step, whether no cache leaves its first pass out.
+        dense: see `Differences`.
     """
-    differences, found = Differences(settings), []
+    differences, found = Differences(settings, dense), []
     for number, whole in enumerate(computed):
         step = StepInfo(0, number, len(computed))
         made = differences.wanted(step, (), whole)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ...attention import StepInfo
+from ...attention import DenseSchedule, StepInfo
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family, find_transformers
@@ -31,12 +31,19 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
     function = "guidance_cache"
     without = "makes all passes"
 
-    def __init__(self, pipe: Any, settings: GuidanceCache, logs: bool = True, by: str = function) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        settings: GuidanceCache,
+        logs: bool = True,
+        by: str = function,
+        dense: DenseSchedule | None = None,
+    ) -> None:
         transformers = check_guidance_cache(pipe)
         self.settings, self._logs = settings, logs
         hooked: dict[str, tuple[torch.nn.Module, LeftOutPasses | LeftOutSamples]] = {}
         self._guided = {name: _Guided(pipe) for name in transformers}
-        self._differences = {name: Differences(settings) for name in transformers}
+        self._differences = {name: Differences(settings, dense) for name in transformers}
         clock = StepClock(pipe, logs)
         for name, (transformer, family) in transformers.items():
             place, differences = _Place(clock, name, transformer, family), self._differences[name]
@@ -87,6 +94,8 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
             fix = "lower first_steps" if can_fall and guided > 2 else "they are too few for one to be left out"
             return f"guidance was at work in {guided} of {steps} steps of the {name}, which made both passes: {fix}"
         fewer = ", or lower first_steps" if can_fall else ""
+        if self._differences[name].kept_dense:
+            fewer += ", or keep fewer of them dense"
         return f"all {steps} steps of the {name} made both passes of guidance: make more steps{fewer}"
 
     def _replaced(self) -> list[str]:
@@ -99,7 +108,7 @@ class CachedGuidance(HookedPipeline[LeftOutPasses | LeftOutSamples]):
         for guided in self._guided.values():
             guided.forget()
         for differences in self._differences.values():
-            differences.uncounted = 0
+            differences.uncounted = differences.kept_dense = 0
 
     def __repr__(self) -> str:
         return f"<vidaccel guidance cache: {self.settings if self._active else 'removed'}>"

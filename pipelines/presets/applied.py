@@ -130,7 +130,7 @@ class Applied:
             self._undo.append(watch)
             self._watches.append(watch)
         if preset.guidance_cache is not None:  # around the caches, which must not see passes that are not made
-            self._guidance = CachedGuidance(pipe, preset.guidance_cache, logs=False, by="apply")
+            self._guidance = CachedGuidance(pipe, preset.guidance_cache, logs=False, by="apply", dense=schedule)
             self._undo.append(self._guidance)
 
     def _changed(self) -> list[str]:

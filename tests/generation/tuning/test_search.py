@@ -433,14 +433,14 @@ def test_what_is_left_of_a_step_without_its_second_pass():
     assert left.incomplete == [2, 3, 5, 6, 8, 9] and alone.seconds == pytest.approx(2 + 4 + 6 * 0.6)
     assert alone.error == pytest.approx(math.sqrt(0.6) * 0.03)
     # Both passes of a step are faster with other levers, and so is the one that is left; layers in 8 bits save 0.2,
-    # and sparse attention 0.5 but for the four steps that it leaves dense.
+    # and sparse attention 0.5 but for the four steps that it leaves dense, which make both: 6 and 9 are the others.
     eight = Probe({0: 0.1, 9: 0.1}, {0: 0.8, 9: 0.8}, {0: 1.0, 9: 1.0})
     sparse = Probe(dict.fromkeys(range(10), 0.2), dict.fromkeys(range(10), 0.5), dict.fromkeys(range(10), 1.0))
     schedule = DenseSchedule(first_steps=4)
     candidate = Candidate(levers(0.2)[0], schedule, layers=LayersLever(Quantize("int8", True)), guidance=settings)
     more = predict(candidate, DENSE, sparse, None, eight, left)
-    assert more.seconds == pytest.approx(2 + 2 * 0.8 + 2 * 0.6 * 0.8 + 2 * 0.3 + 4 * 0.6 * 0.3)
-    assert more.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2 + 0.6 * 0.03**2))
+    assert more.seconds == pytest.approx(2 + 4 * 0.8 + 2 * 0.3 + 4 * 0.6 * 0.3)
+    assert more.error == pytest.approx(math.sqrt(0.1**2 + 0.6 * 0.2**2 + 0.4 * 0.03**2))
 
 
 def test_steps_that_a_cache_skips_have_no_second_pass():
@@ -455,6 +455,15 @@ def test_steps_that_a_cache_skips_have_no_second_pass():
     both = predict(candidate, DENSE, None, cache, guidance=seconds_left_out(settings))
     assert both.seconds == pytest.approx(2 + 4 * 1.0 + 2 * 0.6 + 4 * 0.6 * 0.1)
     assert both.error == pytest.approx(math.sqrt(0.4 * 0.2**2 + 0.6 * 0.03**2))
+
+
+def test_steps_that_stay_dense_make_both_passes():
+    """As they do in the preset: with four dense ones at the start and two at the end, 4, 5 and 7 make one."""
+    settings, schedule = GuidanceCache(3, first_steps=2), DenseSchedule(first_steps=4, last_steps=2)
+    sparse = Probe({0: 0.0}, {0: 1.0}, {0: 1.0})
+    candidate = Candidate(levers(0.2)[0], schedule, guidance=settings)
+    made = predict(candidate, DENSE, sparse, None, guidance=seconds_left_out(settings))
+    assert made.seconds == pytest.approx(2 + 7 * 1.0 + 3 * 0.6)
 
 
 def test_calibration_learns_by_kind():

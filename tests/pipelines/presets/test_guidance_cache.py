@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +112,29 @@ def test_beside_a_cache(cache, caplog):
     assert (both - plain).norm() < 2 * max((alone - plain).norm(), plain.norm() / 10)
     assert generate(pipe, steps=8).equal(plain)
     assert "non-adjacent" not in caplog.text
+
+
+@pytest.mark.parametrize("cache", [None, Cache("forecast", 0.3)])
+def test_steps_that_stay_dense_make_both_passes(cache):
+    """As of every other cache; behind them it goes on from theirs."""
+    pipe = make_pipe()
+    schedule = DenseSchedule(first_steps=4, last_steps=2)
+    preset = Preset(
+        method=replace(FEW, schedule=schedule),
+        cache=cache,
+        guidance_cache=GuidanceCache(3, first_steps=2),
+    )
+    with vidaccel.apply(pipe, preset) as handle:
+        generate(pipe, steps=8)
+        account, passes = handle.report(), [*handle._watches[0].passes]
+    assert [s.computed for s in account.steps if s.step in (0, 1, 2, 3, 6, 7)] == [2] * 6
+    told = tuple(p.extrapolated for p in passes if p.branch == "uncond")
+    assert told == left_out(preset.guidance_cache, [True] * 8, schedule) == (False,) * 4 + (True,) * 2 + (False,) * 2
+    assert not any("keeps dense" in note for note in account.notes)
+    with vidaccel.apply(pipe, preset.replace(method=replace(FEW, schedule=DenseSchedule(first_steps=8)))) as handle:
+        generate(pipe, steps=8)
+        notes = handle.report().notes
+    assert any("made both passes of guidance" in note and note.endswith("fewer of them dense") for note in notes)
 
 
 def test_a_reset_between_the_passes_of_a_step_changes_nothing():
