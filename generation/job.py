@@ -50,8 +50,8 @@ from .presets import (
     check_guidance_cache,
     check_scheduler,
     levers_alone,
+    measured_note,
     other_model_note,
-    size_note,
 )
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
 from .prompts import unknown_note
@@ -316,7 +316,9 @@ def _prepared(
     notes += filter(None, (expected_note(label, method, layout, sparse.density) for label, method in made))
     notes += filter(None, (whole_note(label, method, layout, sparse.density) for label, method in made))
     notes += filter(None, [trained_note(facts.trained_for, methods, compare)])
-    notes += filter(None, [] if preset is None else [other_model_note(preset, of_weights), size_note(preset, settings)])
+    if preset is not None:
+        measured = measured_note(preset, settings, chosen_dtype, place)
+        notes += filter(None, [other_model_note(preset, of_weights), measured])
     notes += trained_elsewhere(loras, facts)
     notes += trained_otherwise(loras, methods, sparse.density)
     if settings.height % 2 or settings.width % 2:

@@ -153,15 +153,47 @@ def beside(preset: Preset) -> Preset | None:
     return rest if rest.levers() else None
 
 
-def size_note(preset: Preset, settings: Settings) -> str:
-    """What to say of a preset of `tune` for a video of another size than those that it was measured with; else ""."""
-    measured = str(preset.measured.get("size", "")).partition(",")[0]
-    if not _EXTENT.fullmatch(measured) or measured == settings.extent:
+def measured_note(preset: Preset, settings: Settings, dtype: torch.dtype, device: torch.device) -> str:
+    """What to say of a preset that was measured with something else than what runs, all of it; "" for the same.
+
+    Args:
+        preset: of which `measured` tells it, as `tune` writes it. settings: checked.
+        dtype, device: of the run.
+    """
+    from .machine import environment
+
+    measured, here = preset.measured, {}
+    if not measured:
+        return ""
+    size = str(measured.get("size", "")).partition(",")[0]
+    if _EXTENT.fullmatch(size):
+        here["videos of"] = size, settings.extent
+        # What has a size is of `tune`, which leaves out a negative prompt where there was none.
+        here["negative prompt"] = measured.get("negative_prompt", ""), settings.negative_prompt or ""
+    if preset.num_inference_steps is not None:
+        here["steps"] = preset.num_inference_steps, settings.steps
+    if "guidance_scale" in measured:
+        here["guidance scale"] = measured["guidance_scale"], settings.guidance_scale
+    if "dtype" in measured:
+        here["dtype"] = measured["dtype"], str(dtype).removeprefix("torch.")
+    if "machine" in measured or "torch" in measured:
+        told = environment(device)
+        here["on"] = measured.get("machine"), told.get("GPU", told["CPU"])
+        here["torch"] = measured.get("torch"), told["torch"]
+    others = [
+        f"{name} {_plain(was)} (here {_plain(is_)})" for name, (was, is_) in here.items() if was not in (None, is_)
+    ]
+    if not others:
         return ""
     return (
-        f"The preset {preset.name} was measured with videos of {measured}; for this one, of {settings.extent}, its "
-        "gain and its distance from dense may be others."
+        f"The preset {preset.name} was measured with {', '.join(others)}: its gain and its distance from dense may be "
+        "others."
     )
+
+
+def _plain(value: object) -> str:
+    text = "none" if value in ("", None) else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def other_model_note(preset: Preset, facts: ModelFacts) -> str:

@@ -67,7 +67,8 @@ class _Branch:
     def error(self, place: float) -> float:
         """How far a forecast would be off, as a share of what is forecast; infinite where nothing is known.
 
-        Of latents at a level that had others before (the second row of a second-order step) nothing is, either.
+        Of latents at a level at which others were computed just before (the second row of a second-order scheduler)
+        nothing is, either; where those were forecast, the line goes on to both.
         """
         if self.bend is None or len(self.points) < POINTS or not self.distances(place):
             return float("inf")

@@ -19,6 +19,7 @@ from vidaccel import SLA, SVG2, DenseSchedule, Preset, Radial, Sparge, Tangent, 
 from vidaccel.generation.api import carry_out
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import Sparse, prepare
+from vidaccel.generation.machine import environment
 from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.presets import other_model_note
 from vidaccel.generation.report import write_report
@@ -130,14 +131,26 @@ def test_what_is_of_the_method_of_a_preset_goes_with_it(pipe, tmp_path):
         prepare(pipe, Settings(PROMPT, frames=9), Sparse(methods=("sla",)), preset=learned)
 
 
-def test_a_video_of_another_size_than_a_preset_was_measured_with_is_told(pipe):
-    preset = Preset(name="a", cache=EAGER, measured={"size": "9 frames of 64x64, 48 tokens"})
+def test_what_is_another_than_a_preset_was_measured_with_is_told(pipe):
+    """All of it in one note; of the same, and of what a file does not tell, nothing."""
+    here = environment(torch.device("cpu"))
+    same = {"size": "9 frames of 64x64, 48 tokens", "dtype": "float32", "machine": here["CPU"], "torch": here["torch"]}
+    measured = {"times_as_fast": 2.0, **same, "guidance_scale": 2.0}
     sizes = {"height": 64, "width": 64}
-    asked = [(9, preset), (13, preset), (13, preset.replace(measured={"size": "small"}))]
-    notes = [prepare(pipe, Settings(PROMPT, frames=f, **sizes), Sparse(), preset=p).notes for f, p in asked]
-    (note,) = notes[1]
-    assert note.startswith("The preset a was measured with videos of 9 frames of 64x64; for this one, of 13 frames")
-    assert not notes[0] and not notes[2]
+
+    def notes(preset: Preset, frames: int = 9, **more) -> tuple[str, ...]:
+        return prepare(pipe, Settings(PROMPT, frames=frames, **sizes, **more), Sparse(), preset=preset).notes
+
+    preset = Preset(name="a", cache=EAGER, num_inference_steps=4, measured=measured)
+    assert not notes(preset) and not notes(preset.replace(measured={"size": "small"}), 13)
+    (note,) = notes(preset, 13)
+    assert note.startswith("The preset a was measured with videos of 9 frames of 64x64 (here 13 frames of 64x64): its ")
+    (note,) = notes(preset, steps=7, guidance_scale=4.0, negative_prompt="grey")
+    assert "with negative prompt none (here grey), steps 4 (here 7), guidance scale 2 (here 4): its gain and" in note
+    elsewhere = {**measured, "machine": "NVIDIA H200, 141 GiB, CUDA 12.8", "torch": "1.0", "dtype": "bfloat16"}
+    (note,) = notes(preset.replace(measured=elsewhere))
+    assert "with dtype bfloat16 (here float32), on NVIDIA H200, 141 GiB, CUDA 12.8 (here " in note
+    assert f"torch 1.0 (here {here['torch']}): " in note
 
 
 def test_a_preset_that_was_measured_with_another_model_is_told(pipe, tmp_path):
