@@ -168,7 +168,8 @@ def _print_table(made: Waterfall, said: Collection[str] = ()) -> None:
         cells += [format_psnr(row.mean_psnr, row.identical_frames) if number else "–"]
         cells += [f"{sum(row.right)}/{len(row.right)}"] if checked else []
         computed, skipped = row.forwards
-        table.add_row(*cells, f"{computed:g} of {computed + skipped:g}")
+        halved = f", {row.halved:g} halved" if made.halves else ""
+        table.add_row(*cells, f"{computed:g} of {computed + skipped:g}{halved}")
     console(whole=True).print(table)
     if made.leaves_out:
         typer.echo(OVER_WHAT_DIFFERS)

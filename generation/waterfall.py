@@ -58,6 +58,7 @@ class Row:
         sample: frames of the first prompt, `[F, H, W, 3]` uint8.
         notes: of the run, in sentences.
         identical_frames: of all videos, those without any difference to the first row's.
+        halved: of the passes that were computed, those with one branch of guidance instead of two, the mean.
     """
 
     stage: Stage
@@ -70,6 +71,7 @@ class Row:
     sample: np.ndarray
     notes: tuple[str, ...] = ()
     identical_frames: int = 0
+    halved: float = 0
 
     @property
     def median(self) -> float:
@@ -121,6 +123,11 @@ class Waterfall:
         """Whether there are identical frames that a PSNR leaves out."""
         return any(row.identical_frames and math.isfinite(row.mean_psnr) for row in self.rows[1:])
 
+    @property
+    def halves(self) -> bool:
+        """Whether any row has passes with one branch of guidance instead of two."""
+        return any(row.halved for row in self.rows)
+
     def gain(self, row: Row) -> float:
         """How many times as fast as the first row."""
         return self.rows[0].median / row.median
@@ -159,7 +166,8 @@ class Waterfall:
         return self._did_nothing(row) and set(row.stage.preset.levers()) <= {"cache", "guidance_cache"}
 
     def _did_nothing(self, row: Row) -> bool:
-        return row.forwards == self.rows[0].forwards and all(value == math.inf for value in row.psnr)
+        as_many = (row.forwards, row.halved) == (self.rows[0].forwards, self.rows[0].halved)
+        return as_many and all(value == math.inf for value in row.psnr)
 
     def in_words(self) -> str:
         """The gain of the whole preset in one sentence, with what it costs beside it."""
@@ -213,6 +221,7 @@ class Waterfall:
                     "right": None if row.right is None else list(row.right),
                     "forwards_computed": row.forwards[0],
                     "forwards_skipped": row.forwards[1],
+                    "forwards_halved": row.halved,
                     "notes": list(row.notes),
                 }
             )
@@ -402,6 +411,8 @@ def _measure(
     checker: Checker | None,
     tell: Callable[..., None],
 ) -> Iterator[Row]:
+    from ..pipelines.presets.account import mean_count
+
     seconds: list[list[tuple[float, ...]]] = [[] for _ in plan]
     late: list[list[str]] = [[] for _ in plan]  # what was compiled all the same, in runs that count
     rows: list[Row] = []
@@ -411,7 +422,7 @@ def _measure(
             name = stage.name if stage.name == BASE else f"+ {stage.name}"
             tell(name, "warm-up", number * len(prompts), rounds * len(prompts))
             with _at_work(models, stage, settings) as (pipe, handle):
-                taken, videos, passes = [], [], []
+                taken, videos, runs = [], [], []
                 cut: list[str] = []
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     request = replace(settings, prompt=prompt, seed=seed)
@@ -419,7 +430,7 @@ def _measure(
                     late[place] += filter(None, [included(graphs, made.seconds)])
                     taken.append(made.seconds)
                     account = handle.report()
-                    passes.append(account.last().counts())  # a cache that goes by content skips more of some
+                    runs.append(account.last())  # a cache that goes by content skips more of some
                     cut += map(worded, made.cut)
                     if not number:
                         videos.append((made.frames * 255).round().astype(np.uint8))
@@ -437,10 +448,11 @@ def _measure(
                     (),
                     tuple(math.nan if each is None else each.mean_psnr for each in near),
                     None if checker is None else tuple(checker(v, p) for v, p in zip(videos, prompts, strict=True)),
-                    (_mean(passes, "computed"), _mean(passes, "skipped")),
+                    (mean_count(runs, "computed"), mean_count(runs, "skipped")),
                     videos[0],
                     (*account.notes, *dict.fromkeys(cut)),
                     sum(each.identical_frames for each in near if each is not None),
+                    mean_count(runs, "halved"),
                 )
             )
     return (
@@ -454,11 +466,6 @@ def _counted(pipe: Any, handle: Any, request: Settings, first: bool) -> Run:
     if first:
         handle.reset()
     return run(pipe, request)
-
-
-def _mean(counts: Sequence[Mapping[str, int]], name: str) -> float:
-    mean = statistics.fmean(each[name] for each in counts)
-    return int(mean) if mean.is_integer() else round(mean, 1)
 
 
 @contextlib.contextmanager

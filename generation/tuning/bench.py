@@ -166,8 +166,9 @@ class Bench:
 
     def _confirm(self, candidate: Candidate, error: float | None) -> Confirmed:
         from ...pipelines.presets import apply
+        from ...pipelines.presets.account import mean_count
 
-        seconds, psnr = [], []
+        seconds, psnr, accounts = [], [], []
         with apply(self.pipe, candidate.preset(), base=self._base) as applied:
             warm_up(self.pipe, self.settings, None, applied)
             applied.reset()
@@ -176,12 +177,12 @@ class Bench:
                 frames, taken, _ = self._video(_with(candidate, request))
                 seconds.append(taken)
                 psnr.append(_psnr(self._frames[number], frames))
-            account = applied.report().last()
-        counts = account.counts()
-        sparse = [] if account.attention is None else [r.density for r in account.attention.records]
+                accounts.append(applied.report().last())  # a cache that goes by content skips more of some
+        computed, forwards, halved = (mean_count(accounts, name) for name in ("computed", "forwards", "halved"))
+        sparse = [record.density for a in accounts if a.attention is not None for record in a.attention.records]
         density = float(np.mean(sparse)) if sparse else 1.0
         made = (tuple(seconds), self.seconds, tuple(psnr), error)
-        return Confirmed(*made, counts["computed"], counts["forwards"], density)
+        return Confirmed(*made, computed, forwards, density, halved=halved)
 
     def gains(self, candidate: Candidate) -> tuple[float, ...]:
         """Seconds of dense over those of a candidate, of the first few prompts, the two in turns.

@@ -28,20 +28,23 @@ class Confirmed:
         psnr: dB to the dense video, one a prompt; infinite where it is the same.
         error: over all steps on the inputs of the first prompt's dense run, see `Probe.error`; None with an adapter,
             whose passes are not those of the dense run.
-        computed, forwards: passes of the transformers in a run that were computed, and all of them.
+        computed, forwards: passes of the transformers in a run that were computed, and all of them, the mean over the
+            prompts.
         density: of attention in the passes that ran, the mean; 1.0 for dense.
         gain: times as fast as dense, measured once more, in turns with it, so that what else the machine does falls on
             both; empty where that was not done.
+        halved: of the passes that were computed, those with one branch of guidance instead of two.
     """
 
     seconds: tuple[float, ...]
     dense: tuple[float, ...]
     psnr: tuple[float, ...]
     error: float | None
-    computed: int
-    forwards: int
+    computed: float
+    forwards: float
     density: float = 1.0
     gain: tuple[float, ...] = ()
+    halved: float = 0
 
     @property
     def median(self) -> float:

@@ -7,6 +7,7 @@ a step that the schedule keeps dense is never skipped, and one that was skipped 
 from __future__ import annotations
 
 import inspect
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -23,9 +24,12 @@ from ..acceleration.families import Family
 from ..acceleration.left_out import pass_was_left_out, second_pass_was_left_out
 from ..cfg_parallel.passes import pass_is_of_another
 from ..forecast.hook import Forecast
-from ..hooked import HandleOf
+from ..guidance_cache.samples import LeftOutSamples
+from ..hooked import HandleOf, hooks_on
 from ..undo import PRESET
 from .caches import CacheAtWork, check_whole
+
+_OF_PASSES = ("forwards", "computed", "skipped", "halved")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class PassRecord:
         skipped: a cache left it out; it computes some layers to decide that. Layers that guidance leaves out are no
             cache's: such a pass was computed.
         extrapolated: it was the guidance cache that left it out, as a whole.
+        halved: both branches of guidance are in its batch, and the guidance cache left out the half of one.
         kept: why the cache had to compute it; "" where it need not, or where there is none.
         call: of the pipeline, see `StepInfo`.
     """
@@ -51,6 +56,7 @@ class PassRecord:
     kept: str = ""
     extrapolated: bool = False
     call: int | None = None
+    halved: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class StepAccount:
         density: mean over their calls; NaN where there is none.
         why: why they are dense, with the number of calls.
         call: of the pipeline, see `StepInfo`.
+        halved: of those that were computed, where one of two branches of guidance was left out of the batch.
     """
 
     run: int
@@ -78,6 +85,7 @@ class StepAccount:
     density: float
     why: str = ""
     call: int | None = None
+    halved: int = 0
 
 
 @dataclass(frozen=True)
@@ -116,11 +124,11 @@ class Account:
         return replace(self, steps=of_last_call(self.steps), attention=attention, notes=notes)
 
     def counts(self) -> dict[str, int]:
-        """Steps and passes: "steps", "forwards", "computed", "skipped", and of steps "dense", "sparse", "mixed"."""
+        """Passes: "forwards", "computed", "skipped", "halved"; steps, and of these "dense", "sparse", "mixed"."""
         kinds = Counter(step.attention for step in self.steps)
         return {
             "steps": len(self.steps),
-            **{name: sum(getattr(s, name) for s in self.steps) for name in ("forwards", "computed", "skipped")},
+            **{name: sum(getattr(s, name) for s in self.steps) for name in _OF_PASSES},
             **{name: kinds[name] for name in ("dense", "sparse", "mixed")},
         }
 
@@ -129,6 +137,8 @@ class Account:
         counts = self.counts()
         text = f"{counts['steps']} steps: {counts['forwards']} forwards, {counts['computed']} computed and "
         text += f"{counts['skipped']} skipped"
+        if counts["halved"]:
+            text += f", {counts['halved']} of those computed with one branch of guidance instead of two"
         if self.attention is not None:
             text += "; attention " + ", ".join(f"{counts[kind]} {kind}" for kind in ("sparse", "mixed", "dense"))
         return text
@@ -146,14 +156,22 @@ class Account:
         lines = [f"{self.preset}  {'; '.join(f'{name}: {text}' for name, text in self.levers.items())}"]
         if not self.steps:
             return "\n".join([*lines, "no step yet", *(f"note: {note}" for note in self.notes)])
-        lines.append(f"{'run':>4} {'step':>5} {'forwards':>9} {'computed':>9} {'skipped':>8}  attention  density")
+        halves = any(s.halved for s in self.steps)
+        head = f"{'run':>4} {'step':>5} {'forwards':>9} {'computed':>9} {'skipped':>8}"
+        lines.append(f"{head}{' halved' if halves else ''}  attention  density")
         for s in self.steps:
             density = f"{s.density:.3f}" if s.density == s.density else "-"
             lines.append(
-                f"{s.run:>4} {s.step:>5} {s.forwards:>9} {s.computed:>9} {s.skipped:>8}  {s.attention:<9}  {density:<7}"
-                f"  {s.why}".rstrip()
+                f"{s.run:>4} {s.step:>5} {s.forwards:>9} {s.computed:>9} {s.skipped:>8}"
+                f"{f' {s.halved:>6}' if halves else ''}  {s.attention:<9}  {density:<7}  {s.why}".rstrip()
             )
         return "\n".join([*lines, self.in_words(), *(f"note: {note}" for note in self.notes)])
+
+
+def mean_count(accounts: Sequence[Account], name: str) -> float:
+    """The mean of one of `Account.counts` over several runs, a whole number where it is one."""
+    mean = statistics.fmean(account.counts()[name] for account in accounts)
+    return int(mean) if mean.is_integer() else round(mean, 1)
 
 
 def accounts(passes: Iterable[PassRecord], calls: Iterable[CallRecord] | None) -> tuple[StepAccount, ...]:
@@ -185,6 +203,7 @@ def accounts(passes: Iterable[PassRecord], calls: Iterable[CallRecord] | None) -
                 density=sum(c.density for c in its) / len(its) if its else float("nan"),
                 why=", ".join(f"{why} ({n})" for why, n in Counter(c.reason for c in its if c.reason).items()),
                 call=those[0].call,
+                halved=sum(p.halved for p in whole),
             )
         )
     return tuple(made)
@@ -283,7 +302,8 @@ class Watch(CopiedNotPickled):
         kept = self._kept if self._cache is not None else ""
         skipped, extrapolated = pass_was_left_out(module), second_pass_was_left_out(module)
         self._skipped = skipped
-        self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated, step.call))
+        halved = any(isinstance(hook, LeftOutSamples) and hook.left_out for hook in hooks_on(module))
+        self.passes.append(PassRecord(*place, self._name, skipped, kept, extrapolated, step.call, halved))
         self._clock.passed()
 
     def notes(self, run: int | None) -> list[str]:

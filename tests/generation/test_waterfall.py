@@ -329,6 +329,15 @@ def test_guidance_without_a_lever_that_it_comes_with_is_that_of_all_rows():
     ]
 
 
+def test_halves_of_a_batch_that_are_left_out_are_told(tmp_path):
+    preset = Preset(name="p", guidance_cache=2, guidance_scale=3.0)
+    made = vidaccel.waterfall(ltx.ltx(), preset, ["a dot moves"], rounds=1, **{**SMALL, "steps": 6})
+    assert [(row.forwards, row.halved) for row in made.rows] == [((6, 0), 0), ((6, 0), 2)]
+    assert [row["forwards_halved"] for row in made.to_dict()["rows"]] == [0, 2]
+    page = write_waterfall(made, tmp_path / "w.html").read_text()
+    assert "halved</th>" in page and "<td>6</td><td>2</td><td>0</td>" in page and "one branch of guidance in" in page
+
+
 @pytest.mark.compiler
 def test_compilation_is_in_no_row(monkeypatch):
     """A guidance cache halves the batch in some steps, for which blocks are compiled anew in the middle of a run."""

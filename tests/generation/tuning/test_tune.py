@@ -118,6 +118,21 @@ def test_a_preset_is_found_and_generate_takes_it(pipe, layers, tmp_path):
     }  # fmt: skip
 
 
+def test_passes_are_told_of_all_prompts(pipe, layers, tmp_path, monkeypatch):
+    """A cache that goes by content skips more of some."""
+    monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (0.3,))
+    options = {**TINY, "steps": 8}
+    made = vidaccel.tune(
+        pipe, PROMPTS, [3, 3], out=tmp_path / "t", min_psnr=1.0, clock=layers, **CACHE_ALONE, **options
+    )
+    cache = Preset(name="a", cache=Cache("first_block", 0.3))
+    runs = [vidaccel.generate(pipe, p, seed=3, preset=cache, progress=False, **options) for p in PROMPTS]
+    each = [run.account.counts()["computed"] for run in runs]
+    (tried,) = made.confirmed
+    assert each[0] != each[1] and tried.confirmed.computed == sum(each) / 2 and tried.confirmed.forwards == 16
+    assert f"{sum(each) / 2:g} of 16" in (tmp_path / "t" / "tune.html").read_text()
+
+
 def test_a_preset_says_the_guidance_that_it_was_measured_with(pipe, layers, tmp_path):
     """Without guidance a step has one pass; without that in the preset, `generate` would make two of other weights."""
     options = {"min_psnr": 1.0, "clock": layers, **CACHE_ALONE, **TINY}

@@ -160,6 +160,20 @@ def test_a_cache_that_skips_nothing_is_told_of_all_the_same():
         assert any("skipped no pass" in note for note in handle.report().notes)
 
 
+def test_halves_of_a_batch_that_are_left_out_are_told():
+    """All passes are computed then, with half as much in some."""
+    pipe = ltx()
+    pipe.set_progress_bar_config(disable=True)
+    with vidaccel.apply(pipe, Preset(guidance_cache=EVERY_2)) as handle:
+        pipe("a", num_frames=9, height=64, width=64, num_inference_steps=6, guidance_scale=3.0, output_type="latent")
+        account = handle.report()
+    assert [step.halved for step in account.steps] == [0, 0, 1, 0, 1, 0]
+    counts = account.counts()
+    assert (counts["computed"], counts["skipped"], counts["halved"]) == (6, 0, 2)
+    assert account.in_words().endswith("2 of those computed with one branch of guidance instead of two")
+    assert "skipped halved" in str(account) and account.to_dict()["steps"][2]["halved"] == 1
+
+
 def test_beside_sparse_attention_with_both_branches_in_a_batch():
     pipe = ltx()
 
