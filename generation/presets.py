@@ -162,7 +162,8 @@ def measured_note(preset: Preset, settings: Settings, dtype: torch.dtype, device
     """
     from .machine import environment
 
-    measured, here = preset.measured, {}
+    measured = preset.measured
+    here: dict[str, tuple[object, object]] = {}  # what it was measured with, and what runs
     if not measured:
         return ""
     size = str(measured.get("size", "")).partition(",")[0]

@@ -422,8 +422,9 @@ def _measure(
             name = stage.name if stage.name == BASE else f"+ {stage.name}"
             tell(name, "warm-up", number * len(prompts), rounds * len(prompts))
             with _at_work(models, stage, settings) as (pipe, handle):
-                taken, videos, runs = [], [], []
+                taken: list[float] = []
                 cut: list[str] = []
+                videos, runs = [], []
                 for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
                     request = replace(settings, prompt=prompt, seed=seed)
                     made, graphs = uncompiled(functools.partial(_counted, pipe, handle, request, first=not taken))

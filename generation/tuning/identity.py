@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,17 +12,21 @@ from ..machine import environment, version_of
 from ..schedulers import stated, stated_in_files
 
 if TYPE_CHECKING:
-    from .plan import Plan
+    from ..job import Job
 
 NUMBERS = 64
 """Of each weight of a loaded pipeline that count, spread evenly over it."""
 
 
-def identity_of(plan: Plan) -> dict[str, Any]:
-    """Name -> value, equal for what may share a journal."""
+def identity_of(job: Job, prompts: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Name -> value, equal for what may share a journal.
+
+    Args:
+        job: the dense video of the first prompt. prompts, seeds: of all videos.
+    """
     import torch
 
-    job, size = plan.job, plan.job.settings
+    size = job.settings
     told = environment(job.device)
     return {
         "model": job.facts.name,
@@ -33,8 +37,8 @@ def identity_of(plan: Plan) -> dict[str, Any]:
         "steps": size.steps,
         "guidance_scale": size.guidance_scale,
         "negative_prompt": size.negative_prompt,
-        "prompts": list(plan.prompts),
-        "seeds": list(plan.seeds),
+        "prompts": list(prompts),
+        "seeds": list(seeds),
         "dtype": str(job.dtype),
         "offload": job.offload,
         "tiling": job.tiling,

@@ -285,4 +285,4 @@ def requested(plan: Plan) -> str:
 
 def journal_of(plan: Plan) -> Journal:
     """The journal in a plan's folder; BadInput for one of something else."""
-    return Journal(plan.out, identity_of(plan))
+    return Journal(plan.out, identity_of(plan.job, plan.prompts, plan.seeds))

@@ -52,6 +52,7 @@ def test_the_account_tells_what_was_left_out():
         "dense": 0,
         "sparse": 0,
         "mixed": 0,
+        "halved": 0,
     }
     assert [step.computed for step in told.steps] == [2, 2, 1, 2, 1, 2, 1, 2]
     assert told.notes == ("guidance cache: the transformer made 5 of 8 second passes of guidance",)
