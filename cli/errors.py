@@ -73,7 +73,8 @@ def _endings() -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
-        if came:  # on the way out a progress bar may have written to a terminal that is closed
+        said = getattr(error, "exit_code", None) == 128 + came[0] if came else False
+        if came and not said:  # on the way out a progress bar may have written to a terminal that is closed
             raise _Terminated(128 + came[0]) from error
         raise
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -220,8 +220,9 @@ def generate_command(
 
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
-    process = Process.this()
-    with one_line_errors(arguments=("prompt",), by_blocks=offload_blocks), speaking(process.first):
+    with one_line_errors(arguments=("prompt",), by_blocks=offload_blocks), ExitStack() as spoken:
+        process = Process.this()
+        spoken.enter_context(speaking(process.first))
         if count := to_start(processes, process):
             raise typer.Exit(start(count))
         from ..generation.api import carry_out, check_files_of, check_outputs, compared

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.errors import first_line
 from .errors import BadInput
 from .processes import Process, Sharing
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
+    from torch.distributed import Store
     from torch.distributed.device_mesh import DeviceMesh
 
     from .job import Job
 
 WAIT = timedelta(hours=1)
 """For the first process, which alone decodes and writes, at the most."""
+MEETING = timedelta(minutes=10)
+"""For all processes to be there, at the most."""
 
 
 class Crew:
@@ -71,7 +77,11 @@ class Crew:
 
 @contextlib.contextmanager
 def joined(job: Job) -> Iterator[Crew | None]:
-    """The processes of a job know of each other, and each has its device; None for one alone."""
+    """The processes of a job know of each other, and each has its device; None for one alone.
+
+    Raises:
+        BadInput: they do not come together.
+    """
     import torch
     import torch.distributed as dist
 
@@ -83,9 +93,41 @@ def joined(job: Job) -> Iterator[Crew | None]:
     if device.type != "cpu":
         torch.accelerator.set_device_index(process.local)
         own["device_id"] = device
-    dist.init_process_group(dist.get_default_backend_for_device(device), timeout=WAIT, **own)
+    group = {"store": _meet(process), "rank": process.rank, "world_size": process.count, "timeout": WAIT}
+    dist.init_process_group(dist.get_default_backend_for_device(device), **group, **own)
     try:
         yield Crew(job.sharing, device, process)
         dist.barrier()  # nobody leaves while the first one still writes
     finally:
         dist.destroy_process_group()
+
+
+def _meet(process: Process) -> Store:
+    """What the processes know of each other by, once all of them are there.
+
+    Torch looks at no signal while it waits for them: a thread does, and this one can be ended.
+
+    Raises:
+        BadInput: they do not come.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    met: list[Store] = []
+    failed: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            met.append(next(rendezvous("env://", process.rank, process.count, timeout=MEETING))[0])
+        except Exception as error:  # raised below: nobody sees it here
+            failed.append(error)
+
+    waiting = threading.Thread(target=wait, daemon=True)  # the process may end before it
+    waiting.start()
+    while waiting.is_alive():
+        waiting.join(1)  # for good it takes no Ctrl-C on Windows
+    if not failed:
+        return met[0]
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    problem = f"they cannot meet at {address}, MASTER_ADDR and MASTER_PORT ({first_line(failed[0])})"
+    fix = "Start all of them, with a RANK for each and one address at which the first can be reached."
+    raise BadInput("WORLD_SIZE", problem, fix, value=process.count) from failed[0]

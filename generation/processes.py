@@ -47,11 +47,46 @@ class Process:
 
     @classmethod
     def this(cls) -> Process:
-        """Of the environment; a process alone where nothing is said."""
+        """Of the environment; a process alone where nothing is said.
+
+        Raises:
+            BadInput: what it says cannot be.
+        """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
         if any(name not in os.environ for name in names):
             return cls()
-        return cls(*(int(os.environ[name]) for name in names))
+        rank, local, count, here = (_whole_number(name) for name in names)
+        for part, value, whole, bound in (names[0], rank, names[2], count), (names[1], local, names[3], here):
+            if bound < 1:
+                raise BadInput(whole, "it must be at least 1", _BY_TORCHRUN, value=bound)
+            if value >= bound:
+                raise BadInput(part, f"it must be below {whole}, which is {bound}", _BY_TORCHRUN, value=value)
+        if here > count:
+            problem = f"it must be at most WORLD_SIZE, which is {count}"
+            raise BadInput("LOCAL_WORLD_SIZE", problem, _BY_TORCHRUN, value=here)
+        if count > 1:
+            _check_meeting_place()
+        return cls(rank, local, count, here)
+
+
+_BY_TORCHRUN = f"torchrun sets it, and {mention('processes')} without it; for one process alone, unset WORLD_SIZE."
+"""What to do about a variable of the environment."""
+
+
+def _whole_number(name: str) -> int:
+    value = os.environ[name]
+    if not (value.isascii() and value.isdecimal()):
+        raise BadInput(name, "it must be a whole number", _BY_TORCHRUN, value=repr(value))
+    return int(value)
+
+
+def _check_meeting_place() -> None:
+    """Raise BadInput where the environment does not say where several processes meet."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise BadInput(name, "is not set, and WORLD_SIZE is above 1", _BY_TORCHRUN)
+    if not 0 < (port := _whole_number("MASTER_PORT")) < 2**16:
+        raise BadInput("MASTER_PORT", f"it must be from 1 to {2**16 - 1}", _BY_TORCHRUN, value=port)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def load_pipeline(
     dtypes = {"default": dtype, "vae": autoencoder_dtype or torch.float32}
     with _silent_on_projections():
         pipe = find_class(pipeline_class).from_pretrained(location, dtype=dtypes)
+    _check_whole(pipe, location)
     # The class of the autoencoder is known only now.
     usual = usual_autoencoder_dtype(isinstance(pipe.vae, AutoencoderDCV), dtype)
     if autoencoder_dtype is None and usual != torch.float32:
@@ -99,6 +100,23 @@ def load_pipeline(
     else:
         pipe.to(device)
     return pipe
+
+
+def _check_whole(pipe: DiffusionPipeline, location: str) -> None:
+    """Raise OSError where files lack weights of a pipeline just loaded: diffusers says so in its log alone, and leaves
+    them without numbers."""
+    import torch
+
+    for name, part in pipe.components.items():
+        if not isinstance(part, torch.nn.Module):
+            continue
+        lacking = [key for key, value in (*part.named_parameters(), *part.named_buffers()) if value.is_meta]
+        if lacking:
+            few = ", ".join(lacking[:2]) + (f" and {len(lacking) - 2} more" if len(lacking) > 2 else "")
+            raise OSError(
+                f"the weights in {location}/{name} lack {few} of this {type(part).__name__}: download them again, or "
+                "take the config.json that belongs to them."
+            )
 
 
 def _offload_blocks(pipe: DiffusionPipeline, device: torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ _OF = "transformer."
 DORA = "DoRA"
 _OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": DORA, "oft_": "OFT"}
 """Parts of names -> the kind of adapter that has such matrices."""
+_OF_LORA = ("lora", "alpha", "diff")
+"""Parts of the names of what LoRAs hold: matrices, their scales, and differences of whole weights and biases."""
 
 
-def translated(loader: Any, place: Path) -> Mapping[str, torch.Tensor]:
-    """The matrices of a LoRA by diffusers' names; none where its loader for a pipeline cannot translate them.
+def translated(loader: Any, place: Path) -> tuple[Mapping[str, torch.Tensor], Exception | None]:
+    """The matrices of a LoRA by diffusers' names; none, and why, where its loader for a pipeline cannot translate them.
 
     Args:
         loader: the pipeline, or its class.
@@ -25,9 +27,9 @@ def translated(loader: Any, place: Path) -> Mapping[str, torch.Tensor]:
     folder, file = (place.parent, {"weight_name": place.name}) if place.is_file() else (place, {})
     try:
         made = loader.lora_state_dict(str(folder), **file)
-    except (OSError, ValueError, RuntimeError, LookupError):
-        return {}
-    return made[0] if isinstance(made, tuple) else made
+    except (OSError, ValueError, RuntimeError, LookupError) as error:
+        return {}, error
+    return (made[0] if isinstance(made, tuple) else made), None
 
 
 def layers_of(transformer: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -42,6 +44,8 @@ def misfit(matrices: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.
         matrices: see `translated`.
         modules: of the transformer, by name. kind: its class.
     """
+    if why := broken(matrices):
+        return why
     found = 0
     for key, value in matrices.items():
         name = key.removeprefix(_OF)
@@ -56,6 +60,53 @@ def misfit(matrices: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.
         if first and width is not None and value.shape[1] != width:
             return f"is for layers of width {value.shape[1]}, and {layer} of this {kind} has {width}"
     return "" if found else f"has nothing for a {kind}: it is for another family"
+
+
+def broken(matrices: Mapping[str, torch.Tensor]) -> str:
+    """What makes a LoRA one for no model, in words behind its name; "" where nothing does.
+
+    diffusers fills up what is missing with random numbers, and loads numbers that are none.
+
+    Args:
+        matrices: see `translated`.
+    """
+    again = "the file is damaged; save or download it again"
+    for key, value in matrices.items():
+        if not value.is_floating_point():
+            return f"has {key} in {value.dtype}, which is no type of weights: {again}"
+        # Types of one byte have no test of their own.
+        if not (value.float() if value.element_size() == 1 else value).isfinite().all():
+            return f"has values in {key} that are NaN or infinite: {again}"
+        own, part, rest = key.rpartition(".lora_A.") if ".lora_A." in key else key.rpartition(".lora_B.")
+        if not part or rest.rpartition(".")[2] != "weight":
+            continue
+        if value.ndim < 2:
+            return f"has {key} of the shape {list(value.shape)}, where a matrix has two dimensions: {again}"
+        other = f"{own}.lora_{'B' if part == '.lora_A.' else 'A'}.{rest}"
+        if other not in matrices:
+            return f"has {key} without {other}, and a layer needs both: {again}"
+    return ""
+
+
+def unreadable(error: Exception, file: Path | None, kind: str) -> str:
+    """Why diffusers makes no LoRA of a file, in words behind its name; "" where only it knows.
+
+    Args:
+        error: of its loader.
+        file: of the LoRA; None where there is no single one.
+        kind: class of the pipeline.
+    """
+    keys = _keys(file)
+    if other := _other_kind(keys):
+        return f"has matrices of {other}, which diffusers does not load into a {kind}: give a LoRA"
+    foreign = [key for key in keys if not any(part in key for part in _OF_LORA)]
+    if keys and len(foreign) == len(keys):
+        return f"has no matrices of a LoRA, but {foreign[0]} and the like: give a LoRA"
+    if foreign:
+        return f"has {foreign[0]}, which is no matrix of a LoRA: take it out of the file"
+    if isinstance(error, KeyError):
+        return f"lacks {error.args[0]}, without which diffusers reads no file whose layers are named like this one's"
+    return ""
 
 
 def missing_layers(matrices: Mapping[str, torch.Tensor], modules: Mapping[str, torch.nn.Module]) -> list[str]:
@@ -79,13 +130,21 @@ def other_kind(file: Path | None) -> str:
     Args:
         file: None where there is none.
     """
+    return _other_kind(_keys(file))
+
+
+def _other_kind(keys: Sequence[str]) -> str:
+    return next((kind for part, kind in _OTHER_KINDS.items() if any(part in key for key in keys)), "")
+
+
+def _keys(file: Path | None) -> list[str]:
+    """Of a safetensors file; none where it cannot be read, which is what loading it says."""
     from safetensors import SafetensorError, safe_open
 
     if file is None:
-        return ""
+        return []
     try:
         with safe_open(file, "pt") as opened:
-            keys = list(opened.keys())
+            return list(opened.keys())
     except (OSError, SafetensorError):
-        return ""  # which is what loading it says
-    return next((kind for part, kind in _OTHER_KINDS.items() if any(part in key for key in keys)), "")
+        return []

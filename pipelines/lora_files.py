@@ -155,12 +155,14 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: st
 def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> list[str]:
     """Load one into one transformer; returns and raises as `attach_loras`."""
     from .acceleration.families import unwrap
-    from .lora_contents import DORA, biases_some, layers_of, missing_layers, other_kind, translated
+    from .lora_contents import DORA, biases_some, broken, layers_of, missing_layers, other_kind, translated
 
     file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
     folder = str(lora.path.parent if file else lora.path)
     options: dict[str, Any] = {"load_into_transformer_2": True} if name == "transformer_2" else {}
-    matrices, transformer = translated(pipe, lora.path), unwrap(part)
+    matrices, transformer = translated(pipe, lora.path)[0], unwrap(part)
+    if why := broken(matrices):
+        raise LoraError(f"{lora.path.name} {why}")
     modules = layers_of(transformer)
     if biases_some(matrices):  # else those that it lacks would have no numbers, where they are 0
         options["low_cpu_mem_usage"] = False
@@ -190,15 +192,11 @@ def _why_not(
 ) -> str:
     """Why diffusers does not load a LoRA, in words behind its name; what it says itself, where that is all."""
     from .errors import first_line
-    from .lora_contents import misfit, other_kind
+    from .lora_contents import misfit, unreadable
 
     if matrices and (why := misfit(matrices, modules, type(transformer).__name__)):
         return why
-    if kind := other_kind(lora_file(lora.path)):
-        return f"has matrices of {kind}, which diffusers does not load into a {type(pipe).__name__}: give a LoRA"
-    if isinstance(error, KeyError):
-        return f"lacks {error.args[0]}, without which diffusers reads no file whose layers are named like this one's"
-    return f"cannot be loaded: {first_line(error)}"
+    return unreadable(error, lora_file(lora.path), type(pipe).__name__) or f"cannot be loaded: {first_line(error)}"
 
 
 def _active(part: Any) -> list[str]:

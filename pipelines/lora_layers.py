@@ -10,7 +10,8 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 
-from .lora_contents import misfit, translated
+from .errors import first_line
+from .lora_contents import misfit, translated, unreadable
 
 
 class LoraLayers:
@@ -33,7 +34,11 @@ class LoraLayers:
 
     def misfit(self, file: Path) -> str:
         """Why a safetensors file is not for them, in words behind its name; "" where some of it is."""
-        return misfit(translated(self._loader, file), self._modules(), str(self.name))
+        matrices, error = translated(self._loader, file)
+        if error is not None:
+            other = f"has nothing for a {self.name}: it is for another family (diffusers: {first_line(error)})"
+            return unreadable(error, file, self._loader.__name__) or other
+        return misfit(matrices, self._modules(), str(self.name))
 
     def _modules(self) -> dict[str, torch.nn.Module]:
         with init_empty_weights():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from vidaccel.generation.video_reader import read_video
 
@@ -97,3 +98,20 @@ def test_an_end_before_time_leaves_no_process_and_no_file(number, code, start, t
     assert len(re.findall(told, errors)) == 1
     assert not [worker for worker in workers if os.path.exists(f"/proc/{worker}")]
     assert not [file for file in tmp_path.iterdir() if file.is_file()]
+
+
+def test_a_process_whose_others_do_not_come_can_be_ended(start, child_environment, tmp_path):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    child_environment |= dict(zip(names, "1122", strict=True))
+    child_environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port())}
+    process = start("--steps", 1, "--method", "dense", "--out", "one.mp4", "--threads", "1")
+    try:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.communicate(timeout=20)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 143, errors
+    assert errors.strip().splitlines()[-1].startswith("Interrupted:")
+    assert "Traceback" not in errors and not [file for file in tmp_path.iterdir() if file.is_file()]

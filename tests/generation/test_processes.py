@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from vidaccel import GuidanceCache, Preset
+from vidaccel.generation import crew
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.model_facts import inspect_model
 from vidaccel.generation.processes import Process, Sharing, check_count, share_out
@@ -133,6 +136,40 @@ def test_the_process_is_that_of_the_environment(monkeypatch):
     for name in names:
         monkeypatch.delenv(name, raising=False)
     assert Process.this() == Process() and Process().first
-    for name, value in zip(names, (5, 1, 8, 4), strict=True):
+    for name, value in zip((*names, *MEETING_PLACE), (5, 1, 8, 4, *MEETING_PLACE.values()), strict=True):
         monkeypatch.setenv(name, str(value))
     assert Process.this() == Process(5, 1, 8, 4) and not Process.this().first
+
+
+MEETING_PLACE = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"RANK": "abc"}, "RANK is 'abc': it must be a whole number. torchrun sets it"),
+        ({"RANK": "-1"}, "RANK is '-1': it must be a whole number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0: it must be at least 1"),
+        ({"RANK": "5"}, "RANK is 5: it must be below WORLD_SIZE, which is 2"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK is 2: it must be below LOCAL_WORLD_SIZE, which is 2"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is 3: it must be at most WORLD_SIZE, which is 2"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is not set, and WORLD_SIZE is above 1"),
+        ({"MASTER_PORT": "x"}, "MASTER_PORT is 'x': it must be a whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT is 70000: it must be from 1 to 65535"),
+    ],
+)
+def test_an_environment_that_cannot_be(changed, told, monkeypatch):
+    sane = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2")
+    for name, value in (sane | MEETING_PLACE | changed).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput) as refused:
+        Process.this()
+    assert str(refused.value).startswith(told)
+
+
+def test_processes_that_do_not_come(monkeypatch):
+    monkeypatch.setattr(crew, "MEETING", timedelta(seconds=2))
+    for name, value in (MEETING_PLACE | {"MASTER_PORT": str(get_free_port())}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(BadInput, match=r"^WORLD_SIZE is 2: they cannot meet at 127\.0\.0\.1:\d+, MASTER_ADDR and"):
+        crew._meet(Process(1, 1, 2, 2))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import vidaccel
 from vidaccel import demo
@@ -54,3 +58,14 @@ def test_offloaded_by_blocks_it_makes_the_same_video(name, cls):
     assert all(hasattr(block, "_diffusers_hook") for block in blocks)
     leaves = [m for m in pipe.text_encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert leaves and all(hasattr(leaf, "_diffusers_hook") for leaf in leaves)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae"])
+def test_weights_that_a_file_lacks_are_named(part, tmp_path):
+    folder = shutil.copytree(demo.path(), tmp_path / "model")
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in sorted(weights) if weights[name].ndim >= 2)
+    save_file({name: value for name, value in weights.items() if name != lost}, file, {"format": "pt"})
+    with pytest.raises(OSError, match=rf"^the weights in {re.escape(str(folder))}/{part} lack {lost} of this "):
+        load_pipeline(str(folder), torch.float32, "cpu")

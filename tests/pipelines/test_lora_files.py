@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import vidaccel
 from vidaccel import Preset
 from vidaccel.pipelines.errors import first_line
 from vidaccel.pipelines.lora_files import LoraError, LoraFile, attach_loras
+from vidaccel.pipelines.lora_layers import LoraLayers
 
 Q = "diffusion_model.blocks.{}.self_attn.q"
 
@@ -42,16 +44,29 @@ def misfits(lora: dict[str, torch.Tensor]) -> dict[str, tuple[dict[str, torch.Te
     width = "is for layers of width 128, and blocks.{}.attn1.to_q of this WanTransformer3DModel has 64"
     renamed = {k.replace("lora_A.weight", "lokr_w1").replace("lora_B.weight", "lokr_w2"): x for k, x in lora.items()}
     scaled = lora | {f"{Q.format(0)}.dora_scale": torch.ones(64, 1)}
+    own = own_names(lora)
+    down, up = (f"transformer.blocks.0.attn1.to_q.lora_{end}.weight" for end in "AB")
+    lost = {end: {k: x for k, x in own.items() if k != end} for end in (down, up)}
+    again = "the file is damaged; save or download it again"
     return {
         "another width": ({k: wider(k, x) for k, x in lora.items()}, width.format(0)),
         "partly": ({k: wider(k, x) if "blocks.2" in k else x for k, x in lora.items()}, width.format(2)),
         "queries": (kohya, "lacks blocks_0_self_attn_k.lora_down.weight, without which diffusers reads no file"),
         "lokr": (renamed, "has matrices of LoKr, which diffusers does not load into a WanPipeline: give a LoRA"),
+        "no first": (lost[down], f"has {up} without {down}, and a layer needs both: {again}"),
+        "no second": (lost[up], f"has {down} without {up}, and a layer needs both: {again}"),
+        "flat": (own | {down: torch.ones(64)}, rf"has {down} of the shape \[64\], where a matrix has two dimensions"),
+        "no numbers": (own | {up: own[up] * torch.nan}, f"has values in {up} that are NaN or infinite: {again}"),
+        "whole numbers": (own | {up: own[up].int()}, f"has {up} in torch.int32, which is no type of weights"),
+        "foreign key": (lora | {"foo.bar": torch.zeros(3)}, "has foo.bar, which is no matrix of a LoRA: take it out"),
         "dora": (scaled, "has matrices of DoRA, which diffusers does not load into a WanPipeline: give a LoRA"),
     }
 
 
-@pytest.mark.parametrize("name", ["another width", "partly", "queries", "lokr", "dora"])
+BROKEN = ["no first", "no second", "flat", "no numbers", "whole numbers", "foreign key"]
+
+
+@pytest.mark.parametrize("name", ["another width", "partly", "queries", "lokr", "dora", *BROKEN])
 def test_what_cannot_be_loaded_says_why(name, lora, tmp_path):
     """diffusers' own words are a heading, a key or a list of keys."""
     matrices, words = misfits(lora)[name]
@@ -67,6 +82,15 @@ def test_what_cannot_be_loaded_says_why(name, lora, tmp_path):
     with pytest.raises(vidaccel.PresetError, match=f"loras: {file.name} {words}"):
         vidaccel.apply(pipe, Preset(loras=[LoraFile(file)]))
     assert generate(pipe).equal(plain)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_it_is_said_before_weights_are_read(name, lora, tmp_path):
+    matrices, words = misfits(lora)[name]
+    file = tmp_path / f"{name}.safetensors"
+    save_file(matrices, file)
+    layers = LoraLayers("WanPipeline", {"_class_name": "WanTransformer3DModel", **make_transformer().config})
+    assert re.match(words, layers.misfit(file))
 
 
 def own_names(matrices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
