@@ -132,11 +132,8 @@ def read_file(path: Path) -> Any:
             mappable = file.read(4) == b"PK\x03\x04"
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mappable)
     except pickle.UnpicklingError as error:
-        # Not in torch's words, which say how to read it all the same, and run what is in it.
-        found = _REFUSED.search(str(error))
-        what = f" ({found[1]})" if found else ""
         raise CheckpointError(
-            f"{path} holds something other than weights{what}, or is damaged: take a file of weights alone, such as a "
+            f"{path} holds {other_than_weights(error)}, or is damaged: take a file of weights alone, such as a "
             ".safetensors, or download it again."
         ) from error
     except Exception as error:  # each library has its own errors for a damaged file
@@ -144,6 +141,15 @@ def read_file(path: Path) -> Any:
             f"{path} ({path.stat().st_size:,} bytes) cannot be read, so it is damaged or cut short: download it again. "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
         ) from error
+
+
+def other_than_weights(error: pickle.UnpicklingError) -> str:
+    """What a file of `torch.save` holds that is not read, after "holds".
+
+    Not in torch's words, which say how to read it all the same, and run what is in it.
+    """
+    found = _REFUSED.search(str(error))
+    return f"something other than weights{f' ({found[1]})' if found else ''}"
 
 
 def _parameters(content: Any, path: Path) -> dict[str, torch.Tensor]:
@@ -246,6 +252,7 @@ __all__ = [
     "UNTOLD",
     "CheckpointError",
     "check_suffix",
+    "other_than_weights",
     "read_file",
     "read_folder",
     "read_published",

@@ -93,7 +93,12 @@ def joined(job: Job) -> Iterator[Crew | None]:
     if device.type != "cpu":
         torch.accelerator.set_device_index(process.local)
         own["device_id"] = device
-    group = {"store": _meet(process), "rank": process.rank, "world_size": process.count, "timeout": WAIT}
+    group: dict[str, Any] = {
+        "store": _meet(process),
+        "rank": process.rank,
+        "world_size": process.count,
+        "timeout": WAIT,
+    }
     dist.init_process_group(dist.get_default_backend_for_device(device), **group, **own)
     try:
         yield Crew(job.sharing, device, process)

@@ -345,7 +345,13 @@ def _most_steps(scheduler: Mapping[str, Any]) -> int | None:
 
 def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Reader) -> ModelFacts:
     """Of adapter-only weights (see `pipelines.adapted`): the autoencoder is in `vae/`, otherwise the one they name."""
-    transformer = adapter.get("transformer", {})
+    from ..pipelines.deep_compression.adapter_folder import check_kinds
+
+    try:
+        check_kinds(adapter)
+    except ValueError as error:
+        raise BadInput("model", f"in adapter.json {error}", "Write or download it again.", value=model) from error
+    transformer = adapter.get("transformer") or {}
     missing = {"in_channels", "out_channels"} - set(transformer)
     if missing:
         problem = f"adapter.json lacks {', '.join(sorted(missing))} of the transformer"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.plain_content import object_in
 from .errors import BadInput
 
 Reader = Callable[[str], "dict[str, Any] | None"]
@@ -26,13 +26,26 @@ def reader(location: str, what: str = "") -> Reader:
 def folder_reader(folder: Path) -> Reader:
     def read(name: str) -> dict[str, Any] | None:
         try:
-            return json.loads((folder / name).read_text(encoding="utf-8"))
+            return _content(folder / name, name, folder)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise BadInput("model", f"{name} cannot be read as JSON ({error})", value=folder) from error
 
     return read
+
+
+def _content(file: Path, name: str, place: str | Path) -> dict[str, Any]:
+    """Names and values in a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        BadInput: it cannot be read.
+    """
+    try:
+        return object_in(file)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadInput("model", f"{name} cannot be read as JSON ({error})", value=place) from error
 
 
 def _hub_reader(repository: str, what: str) -> Reader:
@@ -43,7 +56,7 @@ def _hub_reader(repository: str, what: str) -> Reader:
 
     def read(name: str) -> dict[str, Any] | None:
         try:
-            return json.loads(Path(hub.hf_hub_download(repository, name)).read_text(encoding="utf-8"))
+            file = hub.hf_hub_download(repository, name)
         except errors.EntryNotFoundError as error:
             # The offline sibling of this error means "not in the cache", which says nothing about the repository.
             if not isinstance(error, errors.LocalEntryNotFoundError):
@@ -56,5 +69,6 @@ def _hub_reader(repository: str, what: str) -> Reader:
         except (OSError, errors.HfHubHTTPError) as error:
             problem = f"{what}{name} cannot be fetched from the hub ({first_line(error)})"
             raise BadInput("model", problem, value=repository) from error
+        return _content(Path(file), f"{what}{name}", repository)
 
     return read

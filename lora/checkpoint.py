@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import random
 import shlex
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..autoencoders.checkpoint_file import other_than_weights
 from ..autoencoders.file_modes import as_new_files
+from ..pipelines.plain_content import object_in
 from ..pipelines.run_folder import ADAPTER, in_order, order_of
 from ..pipelines.run_folder import CHECKPOINT as _PREFIX
 from ..pipelines.run_folder import CHECKPOINT_FACTS as _FACTS
@@ -98,16 +101,24 @@ class CheckpointFolder:
     def saved(self) -> list[Path]:
         """The checkpoints in the order in which they were written, which need not be that of their steps.
 
-        Each has its number in that order. Those of before there was one come first, by their steps.
+        Each has its number in that order. Those of before there was one come first, by their steps. Those of which it
+        cannot be read are `damaged`.
         """
+        return in_order(path for path in self._there() if order_of(path) is not None)
+
+    def damaged(self) -> list[Path]:
+        """Checkpoints whose place among the others cannot be read any more: any of them may be the last one."""
+        return sorted(path for path in self._there() if order_of(path) is None)
+
+    def _there(self) -> list[Path]:
         found = self.folder.glob(f"{_PREFIX}*") if self.folder.is_dir() else ()
-        return in_order(path for path in found if (path / _FACTS).is_file())
+        return [path for path in found if (path / _FACTS).is_file()]
 
     def latest_of(self, phase: str, step: int) -> Path | None:
         """The last checkpoint that was written in a phase after so many steps of it, or fewer; None without any."""
         for path in reversed(self.saved()):
             try:
-                facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+                facts = object_in(path / _FACTS)
                 if facts["phase"] == phase and facts["step"] <= step:
                     return path
             except (OSError, ValueError, KeyError, TypeError):  # a damaged one is none to go on from
@@ -123,7 +134,7 @@ class CheckpointFolder:
         if self.current is None:
             return "start again without --resume"
         saved = self.saved()
-        if saved and saved[-1].resolve() == self.current.resolve():
+        if saved and not self.damaged() and saved[-1].resolve() == self.current.resolve():
             return "continue with --resume latest"
         return f"continue with --resume {shlex.quote(str(self.current))}"
 
@@ -131,10 +142,15 @@ class CheckpointFolder:
         """The folder of "latest" or of a path.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none; or it is not known which is the latest, because one is damaged.
         """
         if str(which) == "latest":
             saved = self.saved()
+            if damaged := self.damaged():
+                earlier = f": resume from an earlier one, --resume {shlex.quote(str(saved[-1]))}" if saved else ""
+                raise CheckpointError(
+                    f"{damaged[-1]} is damaged ({_FACTS} cannot be read), and may be the latest{earlier}."
+                )
             if not saved:
                 raise CheckpointError(f"{self.folder} has no checkpoint to resume from: start without --resume.")
             return saved[-1]
@@ -170,7 +186,7 @@ class CheckpointFolder:
                 checksums = {name: _checksum(draft / name) for name in _FILES}
                 facts = checkpoint._facts | {
                     "checksums": checksums,
-                    "order": 1 + max(map(order_of, self.saved()), default=0),
+                    "order": 1 + max((order_of(path) or 0 for path in self.saved()), default=0),
                 }
                 _write(draft / _FACTS, json.dumps(facts, indent=2).encode())
         except (NotWritten, RuntimeError) as error:
@@ -200,23 +216,33 @@ class CheckpointFolder:
             CheckpointError: a file is missing or damaged, or of another version of the format.
         """
         try:
-            facts = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+            facts = object_in(path / _FACTS)
             validated = facts.pop("validated", False)
             for name in ("order", "global_batch"):  # the second of checkpoints of before; the settings say it, too
                 facts.pop(name, None)
             if facts.pop("format") != _FORMAT:
                 raise CheckpointError(f"{path} has another format than {_FORMAT}: use the version that wrote it.")
-            for name, checksum in facts.pop("checksums").items():
-                if _checksum(path / name) != checksum:
+            checksums = facts.pop("checksums")
+            if set(checksums) != set(_FILES):
+                raise ValueError(f"{_FACTS} has checksums of {', '.join(map(str, checksums)) or 'no file'}")
+            for name in _FILES:
+                if _checksum(path / name) != checksums[name]:
                     raise ValueError(f"{name} does not hold what was written")
+            _check_facts(facts)
             tensors: dict[str, Any] = {name: load_file(path / f"{name}.safetensors") for name in _TENSORS}
             # Mapped, so that the processes of a machine share it. Windows would then not let the file be deleted.
             other = torch.load(path / "state.pt", map_location="cpu", weights_only=True, mmap=os.name != "nt")
+            held = {name: type(value) for name, value in other.items()} if isinstance(other, dict) else {}
+            if held != {"state": dict, "random": list} or not other["random"]:
+                raise ValueError("state.pt holds something other than a state")
+            checkpoint = Checkpoint(**facts, **tensors, **other)
         except CheckpointError:
             raise
+        except pickle.UnpicklingError as error:
+            problem = f"state.pt holds {other_than_weights(error)}"
+            raise CheckpointError(f"{path} is damaged ({problem}): resume from an earlier one.") from error
         except Exception as error:  # safetensors, pickle and zip each have their own
             raise CheckpointError(f"{path} is damaged ({error}): resume from an earlier one.") from error
-        checkpoint = Checkpoint(**facts, **tensors, **other)
         if validated:
             checkpoint.state["validation_due"] = False
         return checkpoint
@@ -226,9 +252,9 @@ class CheckpointFolder:
         assert self.current is not None
         path = self.current / _FACTS
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = object_in(path)
             save_text(json.dumps(facts | {"validated": True}, indent=2), path)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             logger.warning("%s A resume from there validates once more.", error)
 
     def clean(self) -> None:
@@ -239,6 +265,18 @@ class CheckpointFolder:
                 os.replace(old, target)
         for path in self.folder.glob(f".{_PREFIX}*.part"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_facts(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError for what `Checkpoint._facts` cannot have been."""
+    kinds = {"phase": str, "step": int, "total_steps": int, "seconds": float}
+    if odd := sorted(set(facts) ^ set(kinds)):
+        raise ValueError(f"{_FACTS} {'has' if odd[0] in facts else 'lacks'} {odd[0]}")
+    for name, kind in kinds.items():
+        if type(facts[name]) is not kind and not (kind is float and type(facts[name]) is int):
+            raise ValueError(f"{name} in {_FACTS} is {facts[name]!r}")
+    if not 0 <= facts["step"] <= facts["total_steps"]:
+        raise ValueError(f"step in {_FACTS} is {facts['step']}, and total_steps {facts['total_steps']}")
 
 
 def remedy(error: Exception) -> str:

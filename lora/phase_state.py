@@ -104,6 +104,14 @@ class PhaseState:
         if set(checkpoint.weights) != set(self.named):
             odd = sorted(set(checkpoint.weights) ^ set(self.named))
             raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")
+        for what, tensors in ("", checkpoint.weights), ("the average of ", checkpoint.ema):
+            for name in self.named if tensors else ():
+                then = None if name not in tensors else list(tensors[name].shape)
+                if then != (now := list(self.named[name].shape)):
+                    found = "is not there" if then is None else f"has the shape {then}"
+                    raise CheckpointError(f"{what}{name} {found} in the checkpoint, and {now} in this model.")
+        if lacking := {"optimizer", "ema_steps"} - set(checkpoint.state):
+            raise CheckpointError(f"the checkpoint lacks the state of {min(lacking)}: resume from an earlier one.")
         inner = self.optimizer.optimizer
         _check_groups(checkpoint.state["optimizer"]["param_groups"], inner.param_groups)
         for name, parameter in self.named.items():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.plain_content import json_of
 from . import wandb_run
 from .checkpoint import save_text
 from .config import ConfigError, flat
@@ -103,8 +106,7 @@ class Tracker:
         row = {"phase": phase, "step": step, "total_steps": total_steps, **numbers}
         self.goes_on()
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            _append(json.dumps(row) + "\n", self.path)
         except OSError as error:
             logger.error("%s could not be written: %s. The run goes on.", self.path, error)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
@@ -146,7 +148,7 @@ class Tracker:
             if tracker.name == "tensorboard" and self._done:
                 forget_from(tracker.writer, self._done + 1)
         try:
-            text = self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8", errors="replace")
             kept = [line for line in text.splitlines() if self._stays(line)]
             if len(kept) < len(text.splitlines()):
                 save_text("".join(f"{line}\n" for line in kept), self.path)
@@ -168,14 +170,14 @@ class Tracker:
     def _tells_again(self) -> bool:
         """Whether the log has numbers that come again."""
         try:
-            return not all(map(self._stays, self.path.read_text(encoding="utf-8").splitlines()))
+            return not all(map(self._stays, self.path.read_text(encoding="utf-8", errors="replace").splitlines()))
         except OSError:
             return not self._done
 
     def _stays(self, line: str) -> bool:
         """Whether a line of the log is whole and does not come again."""
         try:
-            row = json.loads(line)
+            row = json_of(line)
             step = row["total_steps"]
             validation = step == self._done and any(key.startswith(_VALIDATION) for key in row)
             # That before the first step of a phase is made whenever the phase begins.
@@ -183,6 +185,22 @@ class Tracker:
             return step <= self._done and not again
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
+
+
+def _append(row: str, path: Path) -> None:
+    """A line at the end of a file, or nothing: what a full disk took of it would make one with the next.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(row.encode())
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise
 
 
 class Means:

@@ -245,7 +245,7 @@ class Trainer:
     def _begin_folder(self) -> None:
         if not self._taken:
             self._take_folder()
-            if self.checkpoints.saved():
+            if self.checkpoints.saved() or self.checkpoints.damaged():
                 raise ConfigError(
                     f"out: another run was in {self.out} meanwhile: continue that one, or choose another."
                 )
@@ -336,7 +336,7 @@ class Trainer:
         Raises:
             CheckpointError: there is none, or a new run would be in the folder of another one.
         """
-        saved = self.checkpoints.saved()
+        saved = self.checkpoints.saved() or self.checkpoints.damaged()
         if resume == "auto":
             resume = "latest" if saved else None
         if resume is not None:

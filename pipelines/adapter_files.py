@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 def read_header(
     location: str | Path, recipes: str | tuple[str, ...], error: type[ValueError]
-) -> tuple[Path, Mapping[str, Any], frozenset[str]]:
-    """The file of an adapter, what its header says, and the names of its tensors.
+) -> tuple[Path, Mapping[str, Any], Mapping[str, list[int]]]:
+    """The file of an adapter, what its header says, and the shapes of its tensors by name.
 
     Args:
         location: of the file, its folder, or that of a run, see `run_folder.adapter_path`.
@@ -27,8 +27,10 @@ def read_header(
         error: what is raised.
 
     Raises:
-        ValueError: as `error`, where there is no such file, or one of another recipe.
+        ValueError: as `error`, where there is no such file, one of another recipe, or one that is damaged.
     """
+    from .lora_contents import misshapen
+
     try:
         path = chosen_adapter(location)
     except NoAdapter as reason:
@@ -38,7 +40,7 @@ def read_header(
     try:
         with safe_open(path, "pt") as file:
             facts: Any = json.loads((file.metadata() or {}).get(FACTS, "{}"))
-            names = frozenset(file.keys())
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - it is no dict
     except (OSError, SafetensorError, ValueError) as reason:
         raise error(f"{path} is no adapter that can be read: {reason}") from reason
     stated = facts.get("recipe") if isinstance(facts, dict) else None
@@ -46,16 +48,29 @@ def read_header(
     if stated not in wanted:
         kind = f"an adapter of the recipe {stated}" if stated else "not written by this package's trainer"
         raise error(f"{path} is {kind}: give one that the recipe {' or '.join(wanted)} made.")
-    return path, facts, names
+    if why := misshapen(shapes):
+        raise error(f"{path} {why}.")
+    return path, facts, shapes
 
 
-def read_split(path: Path, beside: Callable[[str], bool]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def read_split(
+    path: Path, beside: Callable[[str], bool], error: type[ValueError] = ValueError
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The tensors of an adapter: the matrices of the LoRA, and what was trained beside it.
 
     Args:
         path: of the file.
         beside: whether a tensor of that name is beside the LoRA.
+        error: what is raised.
+
+    Raises:
+        ValueError: as `error`, where a tensor holds no weights.
     """
+    from .lora_contents import without_numbers
+
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    for name, tensor in tensors.items():
+        if why := without_numbers(name, tensor):
+            raise error(f"{path} {why}.")
     return ({n: t for n, t in tensors.items() if not beside(n)}, {n: t for n, t in tensors.items() if beside(n)})

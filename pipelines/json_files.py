@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .plain_content import object_in
 from .weight_files import transformer_file
 from .whole_files import write_bytes
 
@@ -31,6 +32,6 @@ def stated(base: str, part: str, name: str, error: type[ValueError]) -> tuple[An
     if path is None:
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8")), path
+        return object_in(path), path
     except (OSError, ValueError) as fault:
         raise error(f"{path} cannot be read: {fault}") from fault

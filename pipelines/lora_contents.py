@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ _OF = "transformer."
 DORA = "DoRA"
 _OTHER_KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": DORA, "oft_": "OFT"}
 """Parts of names -> the kind of adapter that has such matrices."""
+_HALF = re.compile(r"(.+)\.lora_([AB])\.((?:.+\.)?weight)")
+"""The name of one of the two matrices of a layer."""
+_AGAIN = "the file is damaged; save or download it again"
 _OF_LORA = ("lora", "alpha", "diff")
 """Parts of the names of what LoRAs hold: matrices, their scales, and differences of whole weights and biases."""
 
@@ -70,21 +74,31 @@ def broken(matrices: Mapping[str, torch.Tensor]) -> str:
     Args:
         matrices: see `translated`.
     """
-    again = "the file is damaged; save or download it again"
-    for key, value in matrices.items():
-        if not value.is_floating_point():
-            return f"has {key} in {value.dtype}, which is no type of weights: {again}"
-        # Types of one byte have no test of their own.
-        if not (value.float() if value.element_size() == 1 else value).isfinite().all():
-            return f"has values in {key} that are NaN or infinite: {again}"
-        own, part, rest = key.rpartition(".lora_A.") if ".lora_A." in key else key.rpartition(".lora_B.")
-        if not part or rest.rpartition(".")[2] != "weight":
+    why = misshapen({key: value.shape for key, value in matrices.items()})
+    return why or next(filter(None, (without_numbers(key, value) for key, value in matrices.items())), "")
+
+
+def misshapen(shapes: Mapping[str, Sequence[int]]) -> str:
+    """Which matrix of a LoRA is none or lacks its other half, as `broken`; by their names, whatever begins these."""
+    for key, shape in shapes.items():
+        half = _HALF.fullmatch(key)
+        if half is None:
             continue
-        if value.ndim < 2:
-            return f"has {key} of the shape {list(value.shape)}, where a matrix has two dimensions: {again}"
-        other = f"{own}.lora_{'B' if part == '.lora_A.' else 'A'}.{rest}"
-        if other not in matrices:
-            return f"has {key} without {other}, and a layer needs both: {again}"
+        if len(shape) < 2:
+            return f"has {key} of the shape {list(shape)}, where a matrix has two dimensions: {_AGAIN}"
+        other = f"{half[1]}.lora_{'B' if half[2] == 'A' else 'A'}.{half[3]}"
+        if other not in shapes:
+            return f"has {key} without {other}, and a layer needs both: {_AGAIN}"
+    return ""
+
+
+def without_numbers(key: str, value: torch.Tensor) -> str:
+    """Why a tensor holds no weights, as `broken`."""
+    if not value.is_floating_point():
+        return f"has {key} in {value.dtype}, which is no type of weights: {_AGAIN}"
+    # Types of one byte have no test of their own.
+    if not (value.float() if value.element_size() == 1 else value).isfinite().all():
+        return f"has values in {key} that are NaN or infinite: {_AGAIN}"
     return ""
 
 

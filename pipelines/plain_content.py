@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -24,6 +25,31 @@ def content_of(text: str, is_json: bool) -> Any:
         return yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def json_of(text: str | bytes) -> Any:
+    """What a text of JSON holds, whoever wrote it: of a name that stands twice the last counts, as for all readers.
+
+    Raises:
+        ValueError: it is no JSON, is not in UTF-8, or is nested too deeply.
+    """
+    try:
+        return json.loads((text.decode() if isinstance(text, bytes) else text).removeprefix("\ufeff"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def object_in(file: Path) -> dict[str, Any]:
+    """The names and values in a JSON file, such as a config.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it holds no JSON, or none with names and values.
+    """
+    content = json_of(file.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"it must be an object, and is a {type(content).__name__}")
+    return content
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ The trainer writes by these names. It is not imported here: who uses an adapter 
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
+
+from .plain_content import object_in
 
 logger = logging.getLogger(__name__)
 
@@ -39,21 +40,24 @@ class NoAdapter(ValueError):
     """A folder of a training that does not stand for one adapter; the message says why, and what to give."""
 
 
-def order_of(checkpoint: Path) -> int:
-    """The number of a checkpoint in the order in which those of its run were written; 0 where it has none.
+def order_of(checkpoint: Path) -> int | None:
+    """The number of a checkpoint in the order in which those of its run were written; 0 where it has none, None where
+    it cannot be read any more.
 
     Times of files do not tell: a copy has others.
     """
     try:
-        order = json.loads((checkpoint / CHECKPOINT_FACTS).read_text(encoding="utf-8")).get("order", 0)
-    except (OSError, ValueError, AttributeError):
+        order = object_in(checkpoint / CHECKPOINT_FACTS).get("order", 0)
+    except FileNotFoundError:
         return 0
-    return order if isinstance(order, int) else 0
+    except (OSError, ValueError):
+        return None
+    return order if isinstance(order, int) else None
 
 
 def in_order(checkpoints: Iterable[Path]) -> list[Path]:
     """Checkpoints as they were written, which need not be by their steps. Those without a number come first."""
-    return sorted(checkpoints, key=lambda path: (order_of(path), path.name))
+    return sorted(checkpoints, key=lambda path: (order_of(path) or 0, path.name))
 
 
 def adapter_path(location: str | Path) -> Path:
@@ -158,8 +162,19 @@ def autoencoder_path(location: str | Path) -> Path:
 
 
 def _newest(run: Path, has: Callable[[Path], bool]) -> Path | None:
-    """Of the checkpoints of a run, or of the folder that they are in, the last one that has something."""
-    return next(reversed(in_order(filter(has, _checkpoints(run)))), None)
+    """Of the checkpoints of a run, or of the folder that they are in, the last one that has something.
+
+    Raises:
+        NoAdapter: one of them is damaged, so that it may be the last one.
+    """
+    found = in_order(filter(has, _checkpoints(run)))
+    for checkpoint in found:
+        if order_of(checkpoint) is None:
+            raise NoAdapter(
+                f"{checkpoint} is damaged ({CHECKPOINT_FACTS} cannot be read) and may be the newest of the training in "
+                f"{run}: give {ADAPTER}/ of a checkpoint."
+            )
+    return found[-1] if found else None
 
 
 def _checkpoints(run: Path) -> list[Path]:

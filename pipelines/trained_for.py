@@ -14,7 +14,6 @@ from typing import Any
 
 from .base_check import place_of
 from .json_files import stated, write_json
-from .weight_files import transformer_file
 
 KEY = "_trained_for"
 
@@ -66,10 +65,10 @@ def read(base: str, part: str, method: str, older: str, error: type[ValueError])
         base: folder or hub id of the pipeline. part: name of the transformer in it, "" where it is alone.
         method, older, error: see `Origin.settings`.
     """
-    config = transformer_file(base, "config.json", part)
-    told = {} if config is None else json.loads(config.read_text(encoding="utf-8")).get(KEY) or {}
-    if told:
-        return (told[method], str(config)) if method in told else None
+    config = stated(base, part, "config.json", error)
+    told = {} if config is None else config[0].get(KEY) or {}
+    if config is not None and told:
+        return (told[method], str(config[1])) if method in told else None
     found = stated(base, part, older, error)
     return None if found is None else (found[0], str(found[1]))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, base_location, is_adapter, read_facts
 from .errors import first_line
 from .locations import is_hub_id
+from .plain_content import object_in
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +53,17 @@ def stated_config(base: str, part: str = "transformer") -> dict[str, Any] | None
 
     Raises:
         AdapterError: an `adapter.json` that cannot be read.
+        ValueError: so is the config.
     """
     folder = adapter_folder(base)
     if folder is not None:
         stated = read_facts(folder)["transformer"] if part == "transformer" else None
     else:
         file = transformer_file(base, "config.json", part)
-        stated = None if file is None else json.loads(file.read_text(encoding="utf-8"))
+        try:
+            stated = None if file is None else object_in(file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} cannot be read as JSON: {error}") from error
     return None if stated is None else {k: v for k, v in stated.items() if k[0] != "_"}
 
 

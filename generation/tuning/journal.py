@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ...pipelines.plain_content import json_of
 from ...pipelines.whole_files import writing
 from ..errors import BadInput
 
@@ -40,8 +41,8 @@ class Journal:
         try:
             text = self.file.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]  # a line that was being written when the process ended is not there
-            lines = [json.loads(line) for line in whole.splitlines()]
-            found = lines[0]["head"] if lines else None
+            lines = [json_of(line) for line in whole.splitlines()]
+            found = dict(lines[0]["head"]) if lines else None
             self._known = {line["key"]: line["value"] for line in lines[1:]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"its {FILE} cannot be read ({error})"

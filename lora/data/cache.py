@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ...pipelines.plain_content import json_of
 from ...pipelines.weight_files import transformer_file
 from ..checkpoint import CheckpointError, remedy, save_tensors
 from ..config import ConfigError
@@ -77,7 +78,7 @@ class TensorCache:
         try:
             with open(self.path(*identity), "rb") as file:
                 size, there = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
-                header = json.loads(file.read(size)) if size < there else {}
+                header = json_of(file.read(size)) if size < there else {}
             ends = [facts["data_offsets"][1] for name, facts in header.items() if name != "__metadata__"]
             return there == 8 + size + max(ends, default=0) and _CHECKSUM in header.get("__metadata__", {})
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):  # no header of such a file

@@ -238,6 +238,12 @@ def _csv_rows(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 )
             yield line, dict(zip(header, cells, strict=False))
     except csv.Error as error:
+        if "field larger than" in str(error):  # csv has no class of its own for it
+            longest = f"a caption has more than {csv.field_size_limit():,} characters"
+            raise ConfigError(
+                f"{table}, line {start}: {longest}: shorten it, close a quotation mark that is left open, or use "
+                "metadata.jsonl, which has no such bound."
+            ) from error
         raise ConfigError(
             f"{table}, line {start}: no CSV: {error}. A quotation mark inside a caption is written twice, and the "
             "caption in quotation marks."

@@ -181,7 +181,7 @@ class LearnedAtWork:
         wanted = names_in(modules) if method.needs_weights else []
         if learned.adapter is not None:
             check_complete(wanted, learned.adapter.names, learned.where)
-            matrices, tensors = read_split(learned.adapter.path, lambda key: f".{PROJECTION}." in key)
+            matrices, tensors = read_split(learned.adapter.path, lambda key: f".{PROJECTION}." in key, SLAError)
             self._lora = _lora(pipe, name, transformer, matrices, learned.where)
         else:
             base, part = learned.place or ("", "")

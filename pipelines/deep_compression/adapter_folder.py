@@ -7,11 +7,12 @@ autoencoder. `adapted` loads them.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ... import demo
+from ..plain_content import object_in
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer"
@@ -38,9 +39,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         AdapterError: `adapter.json` cannot be read, or lacks one of them.
     """
     try:
-        facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
-        if not isinstance(facts, dict):
-            raise ValueError(f"it holds a {type(facts).__name__} and no object")
+        facts = object_in(folder / FACTS_FILE)
+        check_kinds(facts)
         missing = {"base", "autoencoder", "lora", "transformer"} - set(facts)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{folder / FACTS_FILE} cannot be read: {error}") from error
@@ -49,6 +49,14 @@ def read_facts(folder: Path) -> dict[str, Any]:
             f"{folder / FACTS_FILE} lacks {', '.join(sorted(missing))}: it was written by something else."
         )
     return facts
+
+
+def check_kinds(facts: Mapping[str, Any]) -> None:
+    """Raise ValueError for values of `adapter.json` of other kinds than they can have; those not there pass."""
+    kinds = {"base": (str, "a text"), "autoencoder": (str, "a text"), "transformer": (dict, "an object")}
+    for name, (kind, called) in (kinds | {"lora": (bool, "true or false")}).items():
+        if not isinstance(value := facts.get(name), kind | None):
+            raise ValueError(f"{name} is {value!r}, and must be {called}")
 
 
 def is_of_pictures(transformer: Any) -> bool:

@@ -52,8 +52,12 @@ class GuidanceFreeAdapter:
     sigmas: tuple[float, ...] | None = None
 
     def weights(self) -> tuple[dict[str, torch.Tensor], BetaEmbedder]:
-        """The matrices of the LoRA by their names in the file, and the embedder."""
-        lora, beside = read_split(self.path, lambda name: name.startswith(f"{BETA}."))
+        """The matrices of the LoRA by their names in the file, and the embedder.
+
+        Raises:
+            GuidanceFreeError: some are no weights.
+        """
+        lora, beside = read_split(self.path, lambda name: name.startswith(f"{BETA}."), GuidanceFreeError)
         weight = beside[f"{BETA}.linear.weight"]
         embedder = BetaEmbedder(*weight.shape)
         embedder.load_state_dict({"linear.weight": weight})
@@ -92,9 +96,13 @@ def read_adapter(location: str | Path) -> GuidanceFreeAdapter:
     Raises:
         GuidanceFreeError: there is none, or it is no guidance-free adapter.
     """
-    path, facts, names = read_header(location, RECIPES, GuidanceFreeError)
-    if f"{BETA}.linear.weight" not in names:
+    path, facts, shapes = read_header(location, RECIPES, GuidanceFreeError)
+    embedder = f"{BETA}.linear.weight"
+    if embedder not in shapes:
         raise GuidanceFreeError(f"{path} has no embedder of beta: it was not written as a whole.")
+    if len(shapes[embedder]) != 2:
+        problem = f"{path} has {embedder} of the shape {shapes[embedder]}, where a matrix has two dimensions"
+        raise GuidanceFreeError(f"{problem}: the file is damaged; save or download it again.")
     try:
         guidance, few = facts["guidance_free"], facts.get(FEW_STEPS)
         if few is None and facts["recipe"] == FEW_STEPS_RECIPE:

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..adapter_header import facts_of
+from ..lora_contents import broken
 from ..run_folder import NoAdapter, chosen_adapter
 from .trained import RECIPE, LengthError, TrainedLength, trained_length
 
@@ -32,9 +33,16 @@ class LengthAdapter:
     trained: TrainedLength
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """The matrices of the LoRA by their names in the file."""
+        """The matrices of the LoRA by their names in the file.
+
+        Raises:
+            LengthError: some are none, or lack their other half.
+        """
         with safe_open(self.path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        if why := broken(found):
+            raise LengthError(f"{self.path} {why}.")
+        return found
 
 
 def read_length(location: str | Path) -> LengthAdapter:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+
+from vidaccel import demo
+from vidaccel.generation.model_facts import inspect_model
+from vidaccel.pipelines.deep_compression.adapter_folder import AdapterError, read_facts
 
 
 @pytest.fixture
@@ -245,8 +251,30 @@ def test_video_to_video_needs_a_video(refused, tiny_configs, edit_json, tmp_path
 
 
 def test_a_broken_model_index(refused, tiny_configs):
-    (tiny_configs / "model_index.json").write_text("{")
-    assert "cannot be read as JSON" in refused("--model", tiny_configs)
+    for text, told in (
+        ("{", "model_index.json cannot be read as JSON"),
+        ("[]", "model_index.json cannot be read as JSON (it must be an object, and is a list)"),
+        ("[" * 100_000, "model_index.json cannot be read as JSON (it is nested too deeply)"),
+    ):
+        (tiny_configs / "model_index.json").write_text(text)
+        assert told in refused("--model", tiny_configs)
+
+
+def test_a_config_of_an_editor_that_marks_the_order_of_bytes(tiny_configs):
+    file = tiny_configs / "vae" / "config.json"
+    known = inspect_model(str(tiny_configs))
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert inspect_model(str(tiny_configs)) == known
+
+
+def test_facts_of_an_adapter_of_another_kind(refused, tmp_path):
+    folder = shutil.copytree(demo.path(demo.DC), tmp_path / "adapter")
+    facts = json.loads((folder / "adapter.json").read_text())
+    for name, value in {"transformer": 3, "base": 3, "autoencoder": [1], "lora": "x"}.items():
+        (folder / "adapter.json").write_text(json.dumps(facts | {name: value}))
+        assert f"in adapter.json {name} is {value!r}, and must be" in refused("--model", folder)
+        with pytest.raises(AdapterError, match=rf"adapter\.json cannot be read: {name} is"):
+            read_facts(folder)
 
 
 def test_an_incomplete_pipeline(refused, tiny_configs):

@@ -161,6 +161,7 @@ def test_a_caption_of_several_lines_is_whole(reading):
         ("file_name,text,text\na.mp4,one,two\n", "once each"),
         ('file_name,text\na.mp4,"one\nb.mp4,two\n', "line 2: no CSV: .*quotation mark"),
         ('file_name,text\na.mp4,"one" two\n', "line 2: no CSV: "),
+        ("file_name,text\na.mp4,x\nb.mp4," + "x" * 131_073, r"line 3: a caption has more than 131,072 characters: sho"),
         ("file_name,text\na.mp4\n", "line 2: there is no text in it; found: file_name"),
         ("file_name,text\n,one\n", "line 2: there is no file_name in it"),
         (b"file_name,text\na.mp4,caf\xe9\n", "metadata.csv is not in UTF-8"),

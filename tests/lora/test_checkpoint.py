@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 
 import numpy as np
@@ -179,6 +180,76 @@ def test_damage_that_leaves_the_length_is_noticed(tmp_path, name):
     (path / name).write_bytes(whole)
     with pytest.raises(CheckpointError, match=rf"is damaged \({name} does not hold what was written\): resume from an"):
         folder.load(path)
+
+
+def changed_facts(path, **values):
+    file = path / "checkpoint.json"
+    facts = json.loads(file.read_text()) | values
+    file.write_text(json.dumps({name: value for name, value in facts.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"foo": 1}, "checkpoint.json has foo"),
+        ({"step": ...}, "checkpoint.json lacks step"),
+        ({"step": "1"}, "step in checkpoint.json is '1'"),
+        ({"total_steps": True}, "total_steps in checkpoint.json is True"),
+        ({"phase": [1]}, r"phase in checkpoint.json is \[1\]"),
+        ({"step": -5}, "step in checkpoint.json is -5, and total_steps 1"),
+        ({"step": 2}, "step in checkpoint.json is 2, and total_steps 1"),
+        ({"checksums": {}}, "checkpoint.json has checksums of no file"),
+        ({"checksums": {"../a.yaml": "00000000"}}, "checkpoint.json has checksums of ../a.yaml"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(tmp_path, values, told):
+    folder = CheckpointFolder(tmp_path)
+    path = folder.save(make(), "")
+    changed_facts(path, **values)
+    with pytest.raises(CheckpointError, match=rf"step_00000001 is damaged \({told}\): resume from an earlier one"):
+        folder.load(path)
+
+
+class Harmful:
+    def __reduce__(self):
+        return os.system, ("false",)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([1], "state.pt holds something other than a state"),
+        ({"state": {}, "random": []}, "state.pt holds something other than a state"),
+        ({"state": Harmful(), "random": []}, r"state.pt holds something other than weights \(\w+.system\)"),
+    ],
+)
+def test_a_state_that_is_none(tmp_path, content, told):
+    """The sum is right, as in a file that somebody gives away."""
+    folder = CheckpointFolder(tmp_path)
+    path = folder.save(make(), "")
+    torch.save(content, path / "state.pt")
+    sums = json.loads((path / "checkpoint.json").read_text())["checksums"]
+    changed_facts(path, checksums=sums | {"state.pt": module._checksum(path / "state.pt")})
+    with pytest.raises(CheckpointError, match="is damaged") as refused:
+        folder.load(path)
+    assert re.search(rf"{told}\): resume from an earlier one\.$", str(refused.value))
+
+
+@pytest.mark.parametrize("content", [b'{"order": 3, "ste', b"[]", b"[" * 100_000, b"\xff\xfe", b'{"order": "x"}'])
+def test_the_latest_is_not_an_earlier_one_where_it_is_damaged(tmp_path, content):
+    folder = CheckpointFolder(tmp_path, keep_last=2)
+    paths = [folder.save(make(step), "") for step in (1, 2)]
+    (paths[1] / "checkpoint.json").write_bytes(content)
+    told = rf"{paths[1]} is damaged \(checkpoint.json cannot be read\), .*: resume from .* --resume {paths[0]}\.$"
+    with pytest.raises(CheckpointError, match=told):
+        folder.find("latest")
+    assert folder.find(paths[0]) == paths[0]
+    with pytest.raises(CheckpointError, match="is damaged"):
+        folder.load(paths[1])
+    # It counts for nothing, and stays.
+    more = [folder.save(make(step), "") for step in (3, 4)]
+    assert folder.saved() == more and folder.damaged() == [paths[1]] and paths[1].is_dir()
+    assert folder.how_to_resume() == f"continue with --resume {more[-1]}"
 
 
 def test_nothing_to_resume_from(tmp_path):

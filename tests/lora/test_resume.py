@@ -134,6 +134,26 @@ def test_a_checkpoint_with_weight_decay_on_other_parameters_is_refused(
         run("gft", file, resume="latest")
 
 
+def test_weights_of_another_shape_are_named(tmp_path, text_base, stop_after, monkeypatch):
+    file = write(tmp_path, text_base, validation={"prompts": [], "clips": 0})
+    stop_after(1)
+    with pytest.raises(Stopped):
+        run("lora", file)
+    load = CheckpointFolder.load
+
+    def loaded(self, path):
+        checkpoint = load(self, path)
+        name = min(checkpoint.weights)
+        checkpoint.weights[name] = checkpoint.weights[name].flatten()
+        return checkpoint
+
+    monkeypatch.setattr(CheckpointFolder, "load", loaded)
+    with pytest.raises(
+        CheckpointError, match=r"^\S+ has the shape \[\d+\] in the checkpoint, and \[\d+, \d+\] in this"
+    ):
+        run("lora", file, resume="latest")
+
+
 def test_a_checkpoint_with_this_weight_decay_is_continued(tmp_path, text_base, stop_after):
     """Its learning rate, which the groups have too, may be another."""
     train = {"optimizer": "muon", "weight_decay": 0.5}

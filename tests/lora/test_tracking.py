@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import resource
+import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from vidaccel.lora import tracking
 from vidaccel.lora.phase_run import PhaseRun
 from vidaccel.lora.pictures import write_picture, write_video
 from vidaccel.lora.progress import Progress, duration, each
@@ -226,3 +229,30 @@ def test_tensorboard_has_the_pictures_and_each_step_once(tiny_settings, run_tiny
     assert (picture.step, picture.width, picture.height) == (3, 24, 16)
     gif = Image.open(io.BytesIO(video.encoded_image_string))
     assert (gif.format, gif.size, gif.n_frames, gif.info["duration"]) == ("GIF", (24, 16), 5, 60)
+
+
+def test_a_row_that_a_full_disk_cuts_leaves_nothing(tmp_path):
+    path = tmp_path / "log.jsonl"
+    tracking._append("1\n", path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, before[0][1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            tracking._append("23456789\n", path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+    tracking._append("3\n", path)
+    assert path.read_text() == "1\n3\n"
+
+
+@pytest.mark.parametrize("rows", [b"\xff\xfe\0\n", b"[" * 100_000 + b"\n"])
+def test_rows_of_a_log_that_are_none_are_left_out(tiny_settings, run_tiny, stop_after, rows):
+    settings = tiny_settings()
+    stop_after(2)
+    with pytest.raises(Stopped):
+        run_tiny(settings)
+    file = Path(settings.out) / "log.jsonl"
+    file.write_bytes(rows + file.read_bytes())
+    run_tiny(settings, "latest")
+    assert [row["total_steps"] for row in log(settings) if "loss" in row] == list(range(1, 7))

@@ -142,6 +142,17 @@ def test_the_model_of_a_run_is_its_result_or_the_adapted_one_of_its_newest_check
         model_path(other)
 
 
+def test_a_damaged_checkpoint_may_be_the_newest(run):
+    for step in (1, 2):
+        checkpoint(run, step, step)
+    (run / "checkpoints" / "step_00000002" / "checkpoint.json").write_text('{"order": 2')
+    with pytest.raises(
+        NoAdapter, match=r"step_00000002 is damaged \(checkpoint.json cannot be read\) and may be the newest"
+    ):
+        adapter_path(run)
+    assert adapter_path(run / "checkpoints" / "step_00000001" / "adapter").is_file()
+
+
 def test_folders_of_others_that_are_called_checkpoints_are_not_a_run_s(tmp_path):
     """It took a published model in a folder of that name, or with one in it, for a training without a model."""
     for place in (tmp_path / "checkpoints", tmp_path / "model"):

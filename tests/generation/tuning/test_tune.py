@@ -501,6 +501,7 @@ def test_a_folder_that_cannot_be_one(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"^out is .*file: it is a file\. Give a folder"):
         vidaccel.tune("demo", PROMPTS, out=tmp_path / "file", min_psnr=30, device="cpu")
-    (tmp_path / FILE).write_text("no journal\n")
-    with pytest.raises(BadInput, match=r"its journal\.jsonl cannot be read .* Give another folder, or remove it"):
-        Journal(tmp_path, {"model": "demo"})
+    for text in ("no journal\n", '{"head": [1]}\n', "[]\n", "[" * 100_000 + "\n"):
+        (tmp_path / FILE).write_text(text)
+        with pytest.raises(BadInput, match=r"its journal\.jsonl cannot be read .* Give another folder, or remove it"):
+            Journal(tmp_path, {"model": "demo"})

@@ -14,7 +14,7 @@ from vsa_models import TRAINED, gates, same, write_gates
 
 import vidaccel
 from vidaccel import VSA, DenseSchedule, SparseAttention
-from vidaccel.pipelines import json_files, trained_for, weight_files
+from vidaccel.pipelines import json_files, weight_files
 from vidaccel.pipelines.acceleration.vsa_gates import CONFIG, GATE, TrainedVSA, VSAError
 
 METHOD = TRAINED.method()
@@ -171,7 +171,6 @@ def test_compiled_blocks_and_copies_gate_as_they_are(stated):
 def test_no_file_is_looked_for_where_another_method_is_named(stated, monkeypatch):
     """Of a model of the hub that would be a request."""
     pipe = WanPipeline.from_pretrained(stated)
-    monkeypatch.setattr(trained_for, "transformer_file", lambda *place: pytest.fail(f"{place} was looked for"))
     for module in (weight_files, json_files):
         monkeypatch.setattr(module, "transformer_file", lambda *place: pytest.fail(f"{place} was looked for"))
     vidaccel.accelerate(pipe, "radial").remove()

@@ -339,6 +339,35 @@ def test_one_that_cannot_be_loaded_leaves_nothing(tmp_path, base, pipe):
     assert torch.equal(made(pipe), before) and not getattr(pipe.transformer, "peft_config", None)
 
 
+@pytest.mark.parametrize("what", ["flat", "half", "NaN", "whole numbers"])
+def test_damaged_files_are_told_with_their_tensor(what, tmp_path, base, pipe):
+    before = made(pipe)
+    file = write_adapter(tmp_path, base, make_transformer())
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors, embedder = load_file(file), "beta_embedder.linear.weight"
+    half = next(name for name in tensors if "lora_A" in name)
+    told = {
+        "flat": f"has {embedder} of the shape ",
+        "half": f"has {half.replace('lora_A', 'lora_B')} without {half}",
+        "NaN": f"has values in {embedder} that are NaN or infinite",
+        "whole numbers": f"has {half} in torch.int32",
+    }
+    if what == "half":
+        del tensors[half]
+    else:
+        name, change = {
+            "flat": (embedder, lambda x: x.flatten()),
+            "NaN": (embedder, lambda x: x * torch.nan),
+            "whole numbers": (half, lambda x: x.int()),
+        }[what]
+        tensors[name] = change(tensors[name])
+    save_file(tensors, file, header)
+    with pytest.raises(GuidanceFreeError, match=f"^{file} {told[what]}"):
+        vidaccel.guidance_free(pipe, file)
+    assert made(pipe).equal(before)
+
+
 def test_a_pipeline_without_a_slot(adapter):
     other, _ = cogvideox()
     with pytest.raises(GuidanceFreeError, match="a CogVideoXTransformer3DModel has no free slot for beta"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from gft_calls import loaded
 from length_adapters import METHOD, write_length
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
 
@@ -200,3 +201,18 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, base, pipe):
         read_length(plain)
     with pytest.raises(LengthError, match="give one for each transformer"):
         vidaccel.lengthen(other, [file, file])
+
+
+def test_half_a_lora_is_refused(tmp_path, base, pipe):
+    """diffusers would make up the other half."""
+    before = generate(pipe)
+    file = write_length(tmp_path, base, make_transformer())
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    tensors = load_file(file)
+    half = next(name for name in tensors if "lora_A" in name)
+    del tensors[half]
+    save_file(tensors, file, header)
+    with pytest.raises(LengthError, match=rf"^{file} has \S+lora_B\.weight without {half}, and a layer needs both"):
+        vidaccel.lengthen(pipe, file)
+    assert generate(pipe).equal(before)
