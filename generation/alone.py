@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..pipelines.whole_files import writing
 from .errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ def alone(folder: Path, does: str = "measures", what: str = "tune") -> Iterator[
 
     Raises:
         BadInput: another process, or another call in this one, works in it.
+        NotWritten: it takes no file.
     """
     from filelock import FileLock, Timeout
 
@@ -48,7 +50,8 @@ def alone(folder: Path, does: str = "measures", what: str = "tune") -> Iterator[
         return
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        owner.write_text(f"process {os.getpid()} on {platform.node()}, since {since},", encoding="utf-8")
+        with writing(owner):
+            owner.write_text(f"process {os.getpid()} on {platform.node()}, since {since},", encoding="utf-8")
         yield
     finally:
         owner.unlink(missing_ok=True)

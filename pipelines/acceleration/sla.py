@@ -67,8 +67,8 @@ def read_adapter(location: str | Path) -> SLAAdapter:
     Raises:
         SLAError: there is none, or it is of another recipe.
     """
-    path, facts, names = read_header(location, RECIPE, SLAError)
-    return SLAAdapter(path, str(facts.get("part")), TrainedSLA.stated(facts.get("sla"), str(path)), names)
+    path, facts, shapes = read_header(location, RECIPE, SLAError)
+    return SLAAdapter(path, str(facts.get("part")), TrainedSLA.stated(facts.get("sla"), str(path)), frozenset(shapes))
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ import json
 import logging
 import math
 import os
+import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -41,6 +43,7 @@ from vidaccel.generation.tuning.identity import (
 from vidaccel.generation.tuning.journal import FILE, Journal
 from vidaccel.generation.tuning.trajectory import probe, record
 from vidaccel.pipelines.presets import Cache, Compile, Quantize, load_preset
+from vidaccel.pipelines.whole_files import NotWritten
 
 PROMPTS = demo.HELD_OUT_PROMPTS[:2]
 SMALL = {"frames": 9, "height": 64, "width": 64, "steps": 4}
@@ -365,6 +368,19 @@ with alone(Path({str(folder)!r})):
     assert vidaccel.tune(pipe, PROMPTS, **options).outcome == "found"
     assert not (folder / OWNER).exists()
     with alone(folder), pytest.raises(BadInput, match=f"process {os.getpid()} on "), alone(folder):
+        pass
+
+
+def test_a_folder_that_takes_no_file_is_named(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[0][1]))
+    try:
+        with pytest.raises(NotWritten, match=rf"^{tmp_path}/\.in_use\.owner could not be written: "), alone(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
+        signal.signal(signal.SIGXFSZ, before[1])
+    with alone(tmp_path):
         pass
 
 
