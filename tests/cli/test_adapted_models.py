@@ -130,7 +130,7 @@ def test_what_is_given_counts_more(tiny_configs):
 @pytest.mark.parametrize(
     ("stated", "message"),
     [
-        ([9], r"are \[9\]: they may have frames, height"),
+        ([9], "must be an object, and is a list"),
         ({"fps": 9}, "they may have frames, height"),
         ({"frames": 9.5}, "the default frames is 9.5: it must be a whole number from 1"),
         ({"height": 0}, "the default height is 0"),
