@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Annotated
 
@@ -21,11 +22,15 @@ def main() -> None:
     try:
         app(prog_name="vidaccel")
     except OSError as error:
-        if error.filename is not None:
+        if error.filename is not None or error.errno not in _OF_PRINTING:
             raise
         # Of a table or the help: commands that make files say so themselves.
         typer.echo(f"Error: {not_printed(error)}", err=True)
         raise SystemExit(1) from None
+
+
+_OF_PRINTING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE)
+"""What a standard output that takes no more has for errors."""
 
 
 def _print_version(asked: bool) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..pipelines.whole_files import writing
 from .errors import BadInput
 
 logger = logging.getLogger(__name__)
@@ -31,7 +30,6 @@ def alone(folder: Path, does: str = "measures", what: str = "tune") -> Iterator[
 
     Raises:
         BadInput: another process, or another call in this one, works in it.
-        NotWritten: it takes no file.
     """
     from filelock import FileLock, Timeout
 
@@ -50,7 +48,7 @@ def alone(folder: Path, does: str = "measures", what: str = "tune") -> Iterator[
         return
     try:
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        with writing(owner):
+        with contextlib.suppress(OSError):  # for a message alone; a disk may be full of what the caller clears away
             owner.write_text(f"process {os.getpid()} on {platform.node()}, since {since},", encoding="utf-8")
         yield
     finally:

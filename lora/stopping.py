@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +20,7 @@ SIGNALS = (
 """Those that ask for a stop. SIGHUP is sent where a terminal is closed. SIGUSR1 is what Slurm sends some time before it
 ends a job (`--signal=USR1@120`)."""
 HANG_UP = getattr(signal, "SIGHUP", None)
+PATIENCE = 200  # milliseconds that the other end is given to go
 
 
 class Stopped(Exception):
@@ -38,14 +41,12 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested = False
         self._at_once = self._warned = False
-        self._terminals: list[int] = []  # of standard output and error, those that one was at
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Take the signals inside the block, but for a SIGHUP that nohup has ignored. Where Python cannot (not in the
         main thread), it changes nothing."""
         previous = {}
-        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         try:
             for number in SIGNALS:
                 if number == HANG_UP and signal.getsignal(number) is signal.SIG_IGN:
@@ -75,8 +76,7 @@ class StopSignals:
             self._at_once = outer
 
     def _take(self, number: int, _: Any) -> None:
-        if number == HANG_UP:
-            self._leave_terminal()
+        self._leave_what_is_gone(number == HANG_UP)
         if self.requested:
             if number not in (signal.SIGINT, signal.SIGTERM):
                 return  # a warning that comes twice, as from Slurm to the step and by way of the script
@@ -89,15 +89,31 @@ class StopSignals:
             return
         self.requested, self._warned = True, number not in (signal.SIGINT, signal.SIGTERM)
         what = "the run ends" if self._at_once else "the run ends after this micro-batch, and what was trained is saved"
-        # Not print: the signal may have interrupted one.
-        os.write(2, f"{signal.Signals(number).name}: {what}.\n".encode())
+        with contextlib.suppress(OSError):  # of what reads a pipe, which had the signal, too
+            # Not print: the signal may have interrupted one.
+            os.write(2, f"{signal.Signals(number).name}: {what}.\n".encode())
         if self._at_once:
             raise StopRequested
 
-    def _leave_terminal(self) -> None:
-        """Write nowhere from now on: to a terminal that is closed would fail, before the checkpoint is whole."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in self._terminals:
-            os.dup2(nowhere, number)
-        os.close(nowhere)
-        self._terminals = []
+    @staticmethod
+    def _leave_what_is_gone(hung_up: bool) -> None:
+        """Write nowhere from now on where that would fail, before the checkpoint is whole.
+
+        That is a terminal that is closed, or a pipe whose reader (`| tee log`) the same signal ends.
+
+        Args:
+            hung_up: the signal says that a terminal is closed.
+        """
+        if not hasattr(select, "poll"):  # Windows
+            return
+        for number in (1, 2):
+            try:
+                waits = hung_up or stat.S_ISFIFO(os.fstat(number).st_mode)
+            except OSError:  # closed by who started this
+                continue
+            poll = select.poll()
+            poll.register(number, 0)
+            if any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(PATIENCE if waits else 0)):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, number)
+                os.close(nowhere)

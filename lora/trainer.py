@@ -221,12 +221,15 @@ class Trainer:
 
     def _look_at_folder(self) -> None:
         """Refuse an `out` that nothing can be written to, before models and clips take their time."""
+        if self.out.is_dir():
+            self._take_folder()  # first: what an interrupted write left takes room
         try:
             check_writable("out", self.out / SETTINGS, value=self.out)
         except BadInput as error:
+            if self.checkpoints.saved() and isinstance(cause := error.__cause__, OSError):
+                told = f"{self.out} cannot be written to ({cause.strerror})."
+                raise OSError(f"{told} {remedy(cause)}, and continue with --resume latest.") from cause
             raise ConfigError(str(error)) from error
-        if self.out.exists():
-            self._take_folder()
 
     def _take_folder(self) -> None:
         """See that no other run works in `out`, and that none will while this one lasts.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import termios
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -292,10 +296,9 @@ def test_a_signal_before_a_block_ends_it_too():
 
 
 CLOSED = """
-import fcntl, signal, sys, termios, time
+import signal, sys, time
 from pathlib import Path
 from vidaccel.lora.stopping import StopSignals
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 signals = StopSignals()
 with signals.listening():
@@ -310,17 +313,25 @@ with signals.listening():
 """
 
 
-def test_where_a_terminal_is_closed_the_work_is_saved(tmp_path):
-    """What is written to a terminal that is gone fails, and so did the run before its checkpoint."""
+@pytest.mark.parametrize("tail", ["", " 2>&1 | tee log"])
+def test_where_a_terminal_is_closed_the_work_is_saved(tmp_path, tail):
+    """What is written to what is gone fails, and so did the run before its checkpoint: to the terminal, or a pipe to
+    what has ended with it."""
     master, terminal = os.openpty()
     (tmp_path / "vidaccel").symlink_to(Path(__file__).parents[2], target_is_directory=True)
-    command = [sys.executable, "-c", CLOSED]
+    (tmp_path / "run.py").write_text(CLOSED)
+    # The shell ends, so what it started has to be waited for by its file.
+    command = ["sh", "-c", f"{shlex.quote(sys.executable)} run.py{tail}"]
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    child = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **streams)
+    owns = partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)
+    child = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=owns, **streams)
     os.close(terminal)
     assert b"ready" in os.read(master, 100)
     os.close(master)
-    assert child.wait(timeout=120) == 0
+    child.wait(timeout=120)
+    end = time.monotonic() + 60
+    while not (tmp_path / "saved").exists() and time.monotonic() < end:
+        time.sleep(0.1)
     assert (tmp_path / "saved").read_text() == "True"
 
 
