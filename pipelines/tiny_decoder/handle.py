@@ -17,6 +17,7 @@ from ..acceleration.copies import CopiedNotPickled
 from ..removed import refuse_removed
 from ..replaced import was_replaced
 from ..undo import TINY_DECODER
+from .placed import Placed
 from .source import find_decoder
 
 
@@ -30,10 +31,16 @@ class _Decode(CopiedNotPickled):
     """
 
     def __init__(self, vae: Any, decoder: TinyVideoDecoder, dtype: torch.dtype | None, own: torch.dtype) -> None:
-        self.vae, self.decoder, self.dtype = vae, decoder, dtype
+        self.vae, self.dtype = vae, dtype
+        self._placed = Placed(decoder, dtype)
         # Of weights that are kept in 8 bits, what they are computed in is not said.
         self.own = torch.bfloat16 if own.itemsize == 1 else own
         self.spans: list[Span] = []
+
+    @property
+    def decoder(self) -> TinyVideoDecoder:
+        """The one that was given, or the copy of it that was cast or moved."""
+        return self._placed.decoder
 
     @torch.no_grad()
     def __call__(
@@ -43,11 +50,11 @@ class _Decode(CopiedNotPickled):
         self.decoder.check_latents(z)
         with Span(z.device) as span, torch.autocast(z.device.type, enabled=False):
             dtype = self.dtype or (torch.float32 if z.device.type == "cpu" else self.own)
-            torch.nn.Module.to(self.decoder, z.device, dtype)  # diffusers' own warns of what there is none of
+            decoder = self._placed.on(z.device, dtype)
             latents = z.float()
-            if self.decoder.config.latents == "transformer":
+            if decoder.config.latents == "transformer":
                 latents = to_transformer(self.vae, latents)
-            frames = self.decoder(latents, frames=frames_of(self.vae, z.shape[2])).to(z.dtype)
+            frames = decoder(latents, frames=frames_of(self.vae, z.shape[2])).to(z.dtype)
         self.spans = [*self.spans[-9:], span]
         return DecoderOutput(sample=frames) if return_dict else (frames,)
 
@@ -150,15 +157,17 @@ def tiny_decoder(
             Qwen-Image, or DC-AE-V.
         source: a published file in the layout of TAEHV, such as taew2_1.safetensors (github.com/madebyollin/taehv) or
             LightX2V's lighttaew2_1.safetensors; a folder that the recipe `tiny-decoder` made, that of its training, or
-            a hub id of one; a decoder, of which a copy is taken; or None for what the model has of its own, as the
-            built-in DC-VideoGen model does.
+            a hub id of one; a decoder, which is used as it is, or as a copy where it has to be cast or moved; or None
+            for what the model has of its own, as the built-in DC-VideoGen model does. A decoder that is compiled or has
+            hooks (offloading, layerwise casting) is not copied, and keeps its dtype.
         dtype: in which it computes, maybe by name, such as "bfloat16"; None for the transformer's, on the CPU float32.
 
     Returns:
         A handle with `remove()`, `seconds` and `notes()`.
 
     Raises:
-        TinyDecoderError: a decoder that cannot be read, or one of another autoencoder.
+        TinyDecoderError: a decoder that cannot be read, one of another autoencoder, or a `dtype` for one that is
+            compiled or has hooks and computes in another.
         RuntimeError: the autoencoder has a tiny decoder already.
         ValueError: a dtype whose name is unknown.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Sequence
@@ -40,7 +39,7 @@ def find_decoder(pipe: Any, source: str | Path | TinyVideoDecoder | None) -> tup
     """
     vae = _autoencoder(pipe)
     if isinstance(source, TinyVideoDecoder):
-        decoder, name = copy.deepcopy(source), "a tiny decoder"  # which is cast and moved
+        decoder, name = source, "a tiny decoder"
     else:
         location = _own(pipe) if source is None else str(Path(source).expanduser())
         decoder, name = read_decoder(location), Path(location).name

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from families import cogvideo, hunyuan, ltx, wan_kin
 from safetensors.torch import save_file
 from tiny_decoders import decoder_for
@@ -113,10 +114,46 @@ def test_its_dtype_may_be_a_name():
     with tiny_decoder(pipe, decoder, dtype="bfloat16") as handle:
         made(pipe)
         assert handle._decode.decoder.dtype == torch.bfloat16
-    # A copy computes: the given one would stay rounded.
+    # A copy computes: the given one would stay rounded. Without a dtype it is in the right one.
     assert all(torch.equal(x, before[name]) for name, x in decoder.state_dict().items())
+    with tiny_decoder(pipe, decoder) as handle:
+        made(pipe)
+        assert handle._decode.decoder is decoder
     with pytest.raises(ValueError, match="dtype='bf16' is no dtype: give one of float32, bfloat16"):
         tiny_decoder(pipe, decoder_for(pipe.vae), dtype="bf16")
+
+
+def _compiled(decoder):
+    decoder.compile(backend="eager")
+
+
+def _offloaded_in_groups(decoder):
+    decoder.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+
+
+def _cast_by_layers(decoder):
+    decoder.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+
+
+def _offloaded(decoder):
+    add_hook_to_module(decoder, AlignDevicesHook("cpu", offload=True))
+
+
+@pytest.mark.parametrize("prepare", (_compiled, _offloaded_in_groups, _cast_by_layers, _offloaded))
+def test_one_that_is_compiled_or_hooked_computes_as_it_is(prepare):
+    pipe = wan_kin.wan()
+    decoder = decoder_for(pipe.vae)
+    prepare(decoder)
+    latents = torch.randn(1, 4, 2, 4, 4)
+    with torch.no_grad():
+        wanted = decoder(to_transformer(pipe.vae, latents), frames=frames_of(pipe.vae, 2))
+    with tiny_decoder(pipe, decoder) as handle:
+        frames = pipe.vae.decode(latents).sample
+        assert handle._decode.decoder is decoder
+    torch.testing.assert_close(frames, wanted, atol=1e-4, rtol=1e-4)
+    with pytest.raises(TinyDecoderError, match=r"dtype is torch\.bfloat16, .* computes in torch\.float32: leave dtype"):
+        tiny_decoder(pipe, decoder, dtype="bfloat16")
+    assert not hasattr(pipe.vae, TINY_DECODER) and "decode" not in pipe.vae.__dict__
 
 
 def test_what_was_in_the_place_of_decode_comes_back():
