@@ -334,10 +334,12 @@ def _check_tile(pixels: Any, factor: int) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A number, or numbers, without numpy's types."""
+    """A number, or numbers (a list of a list or an array, otherwise a tuple), without numpy's types."""
     if isinstance(value, Integral):
         return int(value)
-    return float(value) if isinstance(value, Real) else type(value)(map(_plain, value))
+    if isinstance(value, Real):
+        return float(value)
+    return (list if isinstance(value, list) or hasattr(value, "tolist") else tuple)(map(_plain, value))
 
 
 def _check_whole(**numbers: Any) -> None:

@@ -25,6 +25,8 @@ class LoadedWhole(_Model):
             CheckpointError: parameters that the weights lack, of which diffusers only warns.
             ValueError: a dtype whose name is unknown.
         """
+        if kwargs.get("use_flashpack"):  # which tells nothing of what is loaded, and assigns whole models alone
+            return super().from_pretrained(pretrained_model_name_or_path, **resolve_dtypes(kwargs))
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, output_loading_info=True, **resolve_dtypes(kwargs)

@@ -23,5 +23,6 @@ def check_latents(latents: Any, shape: Sequence[int], what: str) -> None:
         raise ValueError(f"latents is a {type(latents).__name__}: give a tensor {list(shape)}.")
     if tuple(latents.shape) != tuple(shape):
         raise ValueError(f"latents is {list(latents.shape)}, and this {what.format(list(shape))}.")
-    if not latents.isfinite().all():
+    # Of floats of 8 bits torch does not tell it.
+    if not (latents.float() if latents.dtype.itemsize == 1 else latents).isfinite().all():
         raise ValueError("latents has NaN or infinite values, of which nothing is made: give others.")

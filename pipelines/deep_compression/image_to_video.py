@@ -250,6 +250,9 @@ def _coloured(image: Any, name: str) -> Any:
         return (image.float() if isinstance(image, torch.Tensor) else image.astype(np.float32)) / 255
     if not dtype.startswith(("float", "bfloat")):
         raise ValueError(f"{name} has numbers of {dtype}: give floats in [0, 1], or bytes (uint8).")
+    if isinstance(image, torch.Tensor):
+        # Neither the extremes of floats of 8 bits nor numbers with gradients are to be had from torch.
+        image = image.detach().float() if image.dtype.itemsize == 1 else image.detach()
     low, high = float(image.min()), float(image.max())
     if not math.isfinite(high - low):
         raise ValueError(f"{name} has NaN or infinite numbers: give floats in [0, 1], or bytes (uint8).")

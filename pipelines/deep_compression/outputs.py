@@ -24,20 +24,24 @@ def check_output(output_type: Any) -> None:
 
 def processor_for(pipe: Any, present: Any, own: Any, factor: int) -> Any:
     """The processor of pixels for an autoencoder that reduces a side by `factor`: one of a class of ours, in the place
-    of diffusers' or ours for another autoencoder. One of the user's own class stays.
+    of diffusers'. One of the user's own class stays, and one with methods of the user's own gets the factor alone.
 
     Args:
         pipe: the pipeline. present: its processor. own: our class.
     """
     if type(present) not in own.__mro__:
         return present
-    made = own.from_config(present.config, vae_scale_factor=factor)
-    made.halves = tuple(
-        name
-        for name, part in pipe.components.items()
-        if isinstance(part, torch.nn.Module) and getattr(part, "dtype", None) == torch.float16
-    )
-    return made
+    if type(present) is not own and not any(map(callable, vars(present).values())):
+        present = own.from_config(present.config)
+    if present.config.vae_scale_factor != factor:
+        present.register_to_config(vae_scale_factor=factor)
+    if type(present) is own:
+        present.halves = tuple(
+            name
+            for name, part in pipe.components.items()
+            if isinstance(part, torch.nn.Module) and getattr(part, "dtype", None) == torch.float16
+        )
+    return present
 
 
 def _tell_of_no_picture(pixels: torch.Tensor, what: str, halves: tuple[str, ...]) -> None:

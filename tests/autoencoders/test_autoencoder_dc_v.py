@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -94,11 +96,26 @@ def test_save_and_load(tmp_path):
 
 def test_numbers_of_numpy_are_saved(tmp_path):
     numbers = {"latent_channels": np.int64(4), "chunk_size": np.int32(8), "scaling_factor": np.float32(0.5)}
-    widths = {"block_out_channels": tuple(np.array([8, 8, 16, 16])), "layers_per_block": list(np.array([0, 1, 1, 1]))}
+    widths = {"block_out_channels": tuple(np.array([8, 8, 16, 16])), "layers_per_block": np.array([0, 1, 1, 1])}
     model = AutoencoderDCV(**{**SMALL, **numbers, **widths})
     assert model.config == make_autoencoder(layers_per_block=[0, 1, 1, 1]).config
     model.save_pretrained(tmp_path)
     assert AutoencoderDCV.from_pretrained(tmp_path).config.scaling_factor == 0.5
+
+
+@pytest.mark.parametrize("info", (False, True))
+def test_weights_of_flashpack_are_taken(tmp_path, monkeypatch, info):
+    """Of which diffusers gives no account. The package is for GPUs, so its one function stands here."""
+    model = make_autoencoder()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "model.flashpack")
+    mixin = SimpleNamespace(assign_from_file=lambda model, path, device: model.load_state_dict(load_file(path)))
+    monkeypatch.setitem(sys.modules, "flashpack", SimpleNamespace(mixin=mixin))
+    monkeypatch.setattr("diffusers.models.modeling_utils.is_flashpack_available", lambda: True)
+    loaded = AutoencoderDCV.from_pretrained(tmp_path, use_flashpack=True, output_loading_info=info)
+    state = (loaded[0] if info else loaded).state_dict()
+    assert isinstance(loaded, tuple) == info
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
 
 
 def test_a_dtype_by_name_and_weights_that_lack_one(tmp_path):

@@ -105,6 +105,15 @@ def test_bytes_are_not_taken_for_numbers_up_to_1(size):
     torch.testing.assert_close(generate_dc(pipe, *size, image=grey), wanted)
 
 
+def test_floats_of_8_bits_and_numbers_with_gradients(recwarn):
+    pipe = make_dc_pipe(DCVideoGenImageToVideoPipeline)
+    image = torch.rand(3, 32, 64, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    wanted = generate_dc(pipe, 8, 32, 64, image=image.float())
+    torch.testing.assert_close(generate_dc(pipe, 8, 32, 64, image=image), wanted)
+    torch.testing.assert_close(generate_dc(pipe, 8, 32, 64, image=image.float().requires_grad_()), wanted)
+    assert not [told for told in recwarn if "requires_grad" in str(told.message)]
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [

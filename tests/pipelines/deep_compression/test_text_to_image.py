@@ -197,6 +197,23 @@ def test_an_image_processor_of_one_s_own_stays(name):
     assert np.array_equal(generate(pipe), plain[:, :, ::-1]) and pipe.image_processor is own
 
 
+@pytest.mark.parametrize("first", (False, True))
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_that_was_set_on_an_image_processor_stays(name, first):
+    pipe = pipeline(name)
+    plain = generate(pipeline(name))
+    if not first:
+        generate(pipe)
+    processor = pipe.image_processor
+    postprocess = processor.postprocess
+    processor.postprocess = lambda image, *args, **options: postprocess(image.flip(-1), *args, **options)
+    for _ in range(2):
+        assert np.array_equal(generate(pipe), plain[:, :, ::-1]) and pipe.image_processor is processor
+    pipe.vae = other = autoencoder_dc(5, 8)
+    wanted = generate(pipeline(name, other))
+    assert np.array_equal(generate(pipe), wanted[:, :, ::-1]) and pipe.image_processor is processor
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_pictures_of_nothing_are_told(name, caplog):
     """As pixels they are black."""
@@ -236,10 +253,13 @@ def test_latents_are_taken_as_they_are_given_out(name):
     made = generate(pipe, latents=noise)
     if name == "flux":
         np.testing.assert_array_equal(generate(pipe, latents=noise.flatten(2).transpose(1, 2)), made)
+    eight = noise.to(torch.float8_e4m3fn)
+    np.testing.assert_array_equal(generate(pipe, latents=eight), generate(pipe, latents=eight.float()))
     pipe.transformer.forward = None
     for wrong, words in (
         (noise[:, :, 1:], r"latents is \[1, 8, 7, 12\], and this picture takes \[1, 8, 8, 12\]: \[pictures, channels"),
         (noise.double() / 0, "latents has NaN or infinite values"),
+        ((noise / 0).to(torch.float8_e5m2), "latents has NaN or infinite values"),
         (noise.numpy(), "latents is a ndarray: give a tensor"),
     ):
         with pytest.raises(ValueError, match=words):

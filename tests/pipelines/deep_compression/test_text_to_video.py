@@ -421,6 +421,12 @@ def test_a_video_processor_of_one_s_own_stays(cls):
     plain = generate_dc(pipe)
     pipe.video_processor = own = Mirrored(vae_scale_factor=32)
     assert torch.equal(generate_dc(pipe), plain.flip(-1)) and pipe.video_processor is own
+    pipe = make_dc_pipe(cls)
+    generate_dc(pipe)
+    own = pipe.video_processor
+    postprocess = own.postprocess_video
+    own.postprocess_video = lambda video, *args, **options: postprocess(video.flip(-1), *args, **options)
+    assert torch.equal(generate_dc(pipe), plain.flip(-1)) and pipe.video_processor is own
     pipe.video_processor = VideoProcessor(vae_scale_factor=8, do_normalize=False)
     generate_dc(pipe)
     assert pipe.video_processor.config.vae_scale_factor == 32 and not pipe.video_processor.config.do_normalize
