@@ -25,17 +25,22 @@ class LoadedWhole(_Model):
             CheckpointError: parameters that the weights lack, of which diffusers only warns.
             ValueError: a dtype whose name is unknown.
         """
-        if kwargs.get("use_flashpack"):  # which tells nothing of what is loaded, and assigns whole models alone
-            return super().from_pretrained(pretrained_model_name_or_path, **resolve_dtypes(kwargs))
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, output_loading_info=True, **resolve_dtypes(kwargs)
+        # Of files of FlashPack diffusers tells nothing, and warns if it is asked: what they lack stays without memory.
+        told = wants_info or not kwargs.get("use_flashpack")
+        loaded = super().from_pretrained(
+            pretrained_model_name_or_path, output_loading_info=told, **resolve_dtypes(kwargs)
         )
-        if missing := sorted(info["missing_keys"]):
+        model, info = loaded if told else (loaded, {})
+        lacking = info.get("missing_keys")
+        if lacking is None:
+            lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if missing := sorted(lacking):
             place = os.path.join(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "").rstrip(os.sep)
+            files = "model*.flashpack" if kwargs.get("use_flashpack") else "diffusion_pytorch_model*"
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise CheckpointError(
-                f"the weights in {place} (diffusion_pytorch_model*) lack {missing[0]}{more}, which config.json there "
+                f"the weights in {place} ({files}) lack {missing[0]}{more}, which config.json there "
                 f"asks for: download them again, or save the {cls.__name__} as a whole."
             )
         return (model, info) if wants_info else model

@@ -109,13 +109,21 @@ def test_weights_of_flashpack_are_taken(tmp_path, monkeypatch, info):
     model = make_autoencoder()
     model.save_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors").rename(tmp_path / "model.flashpack")
-    mixin = SimpleNamespace(assign_from_file=lambda model, path, device: model.load_state_dict(load_file(path)))
+
+    def assign(model, path, device):
+        model.load_state_dict(load_file(path), strict=False, assign=True)
+
+    mixin = SimpleNamespace(assign_from_file=assign)
     monkeypatch.setitem(sys.modules, "flashpack", SimpleNamespace(mixin=mixin))
     monkeypatch.setattr("diffusers.models.modeling_utils.is_flashpack_available", lambda: True)
     loaded = AutoencoderDCV.from_pretrained(tmp_path, use_flashpack=True, output_loading_info=info)
     state = (loaded[0] if info else loaded).state_dict()
     assert isinstance(loaded, tuple) == info
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    del state["decoder.conv_out.weight"]
+    save_file(state, tmp_path / "model.flashpack")
+    with pytest.raises(CheckpointError, match=r"\(model\*\.flashpack\) lack decoder.conv_out.weight, which"):
+        AutoencoderDCV.from_pretrained(tmp_path, use_flashpack=True, output_loading_info=info)
 
 
 def test_a_dtype_by_name_and_weights_that_lack_one(tmp_path):
