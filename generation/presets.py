@@ -179,7 +179,9 @@ def measured_note(preset: Preset, settings: Settings, dtype: torch.dtype, device
         here["dtype"] = measured["dtype"], str(dtype).removeprefix("torch.")
     if "machine" in measured or "torch" in measured:
         told = environment(device)
-        here["on"] = measured.get("machine"), told.get("GPU", told["CPU"])
+        # Of a CPU also how many threads were used, which who measures on another one is told by that.
+        machine, own = (str(one).partition(", torch uses ")[0] for one in (measured.get("machine", ""), told["CPU"]))
+        here["machine"] = machine, told.get("GPU", own)
         here["torch"] = measured.get("torch"), told["torch"]
     others = [
         f"{name} {_plain(was)} (here {_plain(is_)})" for name, (was, is_) in here.items() if was not in (None, is_)

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines.group_offloading import is_on_disk
+from ...pipelines.plain_content import object_in
+from ...pipelines.run_folder import FILE
 from ...pipelines.weight_files import adapter_folder, add_samples, stated_config, transformer_file, transformer_files
 from ..machine import environment, version_of
 from ..schedulers import stated, stated_in_files
@@ -14,6 +17,7 @@ from ..schedulers import stated, stated_in_files
 if TYPE_CHECKING:
     from ..job import Job
 
+SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt")
 NUMBERS = 64
 """Of each weight of a loaded pipeline that count, spread evenly over it."""
 
@@ -78,12 +82,18 @@ def others_in_files(location: str) -> str:
 
 
 def _files_of_parts(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        part = path.relative_to(folder).parts[0]
-        # What lies beside the parts is no part: a README, a training's checkpoints.
-        is_part = path.suffix in (".json", ".safetensors", ".bin", ".model", ".txt") and not part.startswith(".")
-        if path.is_file() and is_part and not part.startswith("transformer") and part != "scheduler":
-            yield path
+    """Those of a model's or an adapter's own parts: a README, checkpoints, or this very journal may lie beside them."""
+    index = folder / "model_index.json"
+    if index.is_file():
+        own = [index]
+        parts = [name for name, entry in object_in(index).items() if isinstance(entry, list)]
+    else:
+        own = [file for file in (folder / "adapter.json", folder / FILE) if file.is_file()]
+        parts = [each.name for each in folder.iterdir() if (each / "config.json").is_file()]
+    yield from own
+    for part in parts:
+        if not part.startswith("transformer") and part != "scheduler":
+            yield from (path for path in (folder / part).rglob("*") if path.suffix in SUFFIXES and path.is_file())
 
 
 def weights_of_transformers(pipe: Any) -> str:
@@ -118,7 +128,11 @@ def weights_of_others(pipe: Any) -> str:
 
 
 def _add(digest: Any, module: Any) -> None:
-    """Take some numbers of each weight of a module, and of the buffers that belong to it."""
+    """Take some numbers of each weight of a module, and of the buffers that belong to it.
+
+    Of one that diffusers has offloaded to a disk, the shapes alone: what lies in memory in their place is anything.
+    """
+    on_disk = any(map(is_on_disk, module.modules()))
     for path, part in module.named_modules():
         lasting = {name for name in part._buffers if name not in part._non_persistent_buffers_set}
         there = {**part._parameters, **{name: part._buffers[name] for name in lasting}}
@@ -128,7 +142,7 @@ def _add(digest: Any, module: Any) -> None:
                 continue
             if weight.is_meta and elsewhere is not None:
                 weight = elsewhere[name]
-            digest.update(repr((path, name, tuple(weight.shape), _some(weight))).encode())
+            digest.update(repr((path, name, tuple(weight.shape), [] if on_disk else _some(weight))).encode())
 
 
 def _some(weight: Any) -> list[Any]:

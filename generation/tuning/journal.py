@@ -49,6 +49,9 @@ class Journal:
             raise BadInput("out", problem, "Give another folder, or remove it.", value=self.file.parent) from error
         if found is None:
             return False
+        if unknown := [name for name in head if name not in found]:
+            problem = f"it was written by an earlier version, which did not note {' and '.join(unknown)}"
+            raise BadInput("out", problem, "Give another folder, or remove it.", value=self.file.parent)
         if told := "; ".join(_differing(found, head)):
             raise BadInput(
                 "out",

@@ -149,7 +149,7 @@ def test_what_is_another_than_a_preset_was_measured_with_is_told(pipe):
     assert "with negative prompt none (here grey), steps 4 (here 7), guidance scale 2 (here 4): its gain and" in note
     elsewhere = {**measured, "machine": "NVIDIA H200, 141 GiB, CUDA 12.8", "torch": "1.0", "dtype": "bfloat16"}
     (note,) = notes(preset.replace(measured=elsewhere))
-    assert "with dtype bfloat16 (here float32), on NVIDIA H200, 141 GiB, CUDA 12.8 (here " in note
+    assert "with dtype bfloat16 (here float32), machine NVIDIA H200, 141 GiB, CUDA 12.8 (here " in note
     assert f"torch 1.0 (here {here['torch']}): " in note
 
 
