@@ -106,6 +106,7 @@ class Geometry:
         heads: model -> number of attention heads over the video, and channels of each.
         presets: families of pipelines (`acceleration.FAMILIES` by name) that are this model in diffusers, or the one
             that it was made from: their presets fit it.
+        patches_output: whether its blocks call `attn1_output_patch`, with which other nodes change what attention gives.
     """
 
     family: str
@@ -120,6 +121,7 @@ class Geometry:
     silent: Callable[[Mapping[str, Any]], Collection[int]] = lambda options: ()
     heads: Callable[[Any], tuple[int, int]] = lambda model: (model.num_heads, model.dim // model.num_heads)
     presets: tuple[str, ...] = ()
+    patches_output: bool = False
 
     def block_offsets(self, model: Any) -> dict[str, int]:
         """Number of the first block of each block type; types that share their numbers are not listed twice."""

@@ -7,6 +7,7 @@ both results gets both: any formula of guidance, any sampler. Guiders with other
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from ..pipelines.guidance_cache.settings import GuidanceCache
 from .cache_log import CacheLog
 from .geometry import diffusion_model_of
 from .native_caches import GUIDANCE, asked_of, changed, put_in
+from .native_models import find_geometry
 from .passes import Passes
 from .sampling import step_of, window_of
 from .wording import InputError
@@ -52,19 +54,20 @@ def cache_guidance(model: Any, settings: GuidanceCache, log: CacheLog | None = N
     return put_in(model, GUIDANCE, _Cached(settings, log or guidance_log()))
 
 
-def mixes_prompts(options: Mapping[str, Any]) -> bool:
+def mixes_prompts(model: Any, options: Mapping[str, Any]) -> bool:
     """Whether another node may compute with both prompts within the model, so that neither pass is there alone.
 
-    It does so where it changes what attention gives, or sets attention's inputs and has both passes made with any cfg.
+    It does so where it changes what attention gives. Many models never call such a patch; of one that is not known, it
+    counts.
 
     Args:
-        options: of the model.
+        model: ComfyUI's BaseModel. options: of the model.
     """
     patches = (options.get("transformer_options") or {}).get("patches") or {}
-    named = [name for name, functions in patches.items() if functions and name.startswith("attn")]
-    return any(name.endswith("output_patch") for name in named) or bool(
-        named and options.get("disable_cfg1_optimization")
-    )
+    if not any(functions and re.fullmatch(r"attn\d_output_patch", name) for name, functions in patches.items()):
+        return False
+    geometry = find_geometry(model.diffusion_model)
+    return geometry is None or geometry.patches_output
 
 
 class _Place(NamedTuple):
@@ -171,7 +174,7 @@ class _Cached:
             self._apart += self._is_apart(conds)
             return executor(model, conds, x, timestep, options, *more)
         self._asks_for_one = True
-        if mixes_prompts(options):
+        if mixes_prompts(model, options):
             self._mixed = True
             self._made += sigma > 0
             return executor(model, conds, x, timestep, options, *more)

@@ -248,6 +248,7 @@ GEOMETRIES: dict[str, Geometry] = {
         elsewhere=nothing_else,
         heads=_heads_of_hidden,
         presets=("HunyuanVideo", "HunyuanVideo 1.5"),
+        patches_output=True,
     ),
     "AsymmDiTJoint": Geometry(
         "Mochi",

@@ -94,12 +94,34 @@ def test_guidance_within_attention_has_both_prompts_in_all_steps(cfg, caplog):
     assert "all 6 passes of the negative prompt were made: another node changes attention where both" in caplog.text
 
 
+@pytest.mark.parametrize("name", models())
+def test_a_patch_of_what_attention_gives_counts_where_the_model_calls_it(name):
+    description, model, _ = tiny(name)
+    called = []
+    patched_model = model.clone()
+    patched_model.set_model_attn1_output_patch(lambda out, options: (called.append(1), out)[1])
+    sample(patched_model, description, steps=1)
+    assert mixes_prompts(model.model, patched_model.model_options) == bool(called)
+
+
+def test_guidance_within_attention_that_a_model_does_not_have_leaves_the_cache_at_work(caplog):
+    nag = pytest.importorskip("comfy_extras.nodes_nag")
+    description, model, _ = tiny("wan_t2v")
+    guided = nag.NAGuidance.execute(model, 5.0, 0.5, 1.5).args[0]
+    assert sample(guided, description).equal(sample(model, description))
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
+        sample(cache_guidance(guided, EVERY_2), description)
+    assert "3 of 4 passes of the negative prompt were made." in caplog.text
+
+
 def test_patches_that_need_no_second_prompt_leave_the_cache_at_work():
-    """InfiniteTalk's, and those of samplers that ask for both passes with any cfg."""
+    """InfiniteTalk's, also beside samplers that ask for both passes with any cfg (`euler_cfg_pp`)."""
+    _, model, _ = tiny("hunyuan")
     audio = {"transformer_options": {"patches": {"attn2_patch": [print], "double_block": [print]}}}
-    assert not mixes_prompts(audio) and not mixes_prompts({"disable_cfg1_optimization": True})
-    assert mixes_prompts({**audio, "disable_cfg1_optimization": True})
-    assert mixes_prompts({"transformer_options": {"patches": {"attn1_output_patch": [print]}}})
+    assert not mixes_prompts(model.model, {**audio, "disable_cfg1_optimization": True})
+    unknown = SimpleNamespace(diffusion_model=torch.nn.Identity())
+    output = {"transformer_options": {"patches": {"attn1_output_patch": [print]}}}
+    assert mixes_prompts(model.model, output) and mixes_prompts(unknown, output)
 
 
 def guiders() -> dict:
