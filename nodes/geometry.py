@@ -106,7 +106,7 @@ class Geometry:
         heads: model -> number of attention heads over the video, and channels of each.
         presets: families of pipelines (`acceleration.FAMILIES` by name) that are this model in diffusers, or the one
             that it was made from: their presets fit it.
-        patches_output: whether its blocks call `attn1_output_patch`, with which other nodes change what attention gives.
+        patches_output: whether its blocks call `attn1_output_patch`, which other nodes change attention by.
     """
 
     family: str

@@ -117,10 +117,10 @@ class NativeAttention(RunLog):
     def _forget(self) -> None:
         self._branches, self._levels, self._table = {}, [], None
         self._passes = Passes()
-        self._window_step = -1
-        # Branches in context windows: of that step, and of the one before.
-        self._windows: set[str] = set()
-        self._windows_before: set[str] = set()
+        self._passing_step = -1
+        # Branches in context windows, and of further passes: of that step, and of the one before.
+        self._passing: set[str] = set()
+        self._passing_before: set[str] = set()
         for engine in self._engines.values():
             engine.forget()
 
@@ -200,9 +200,9 @@ class NativeAttention(RunLog):
         step = self._step(sigma, levels)
         with self._lock:
             given = (name for name, value in conditions.items() if value is not None)
-            branches = branches_of(options, self._branches, self._passes.beside(options, sigma, given))
-            if window_of(options):
-                self._in_window(step.step, branches)
+            beside = self._passes.beside(options, sigma, given)
+            branches = branches_of(options, self._branches, beside)
+            self._pass_on(step.step, branches if beside or window_of(options) else [])
         model = unwrap(base.diffusion_model)
         geometry = find_geometry(model)
         current = ForwardPass(step, branches, x.shape[0], None, "", geometry)
@@ -235,15 +235,18 @@ class NativeAttention(RunLog):
             self._table = (table, table.tolist())
         return self._table[1]
 
-    def _in_window(self, step: int, branches: list[str]) -> None:
-        """Forget the context windows that the step before did not have: where they move, few come again, and all of a
-        sampling's would be many times the memory of one step's.
+    def _pass_on(self, step: int, branches: list[str]) -> None:
+        """Forget the context windows and further passes that the step before did not have: where windows move, few come
+        again, and all of a sampling's would be many times the memory of one step's.
+
+        Args:
+            step: that runs. branches: of such a pass, none of others: guidance may leave these out in some steps.
         """
-        if step != self._window_step:
+        if step != self._passing_step:
             for engine in self._engines.values():
-                engine.forget_branches(self._windows_before - self._windows)
-            self._window_step, self._windows_before, self._windows = step, self._windows, set()
-        self._windows.update(branches)
+                engine.forget_branches(self._passing_before - self._passing)
+            self._passing_step, self._passing_before, self._passing = step, self._passing, set()
+        self._passing.update(branches)
 
     def _step(self, sigma: float, levels: list[float]) -> StepInfo:
         if len(levels) > 1:

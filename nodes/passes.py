@@ -23,28 +23,38 @@ class Passes:
         self._sigma: float | None = None
         self._first: dict[str, str] = {}
         self._given: dict[Any, frozenset[str]] = {}
+        self._alike: dict[str, list[str]] = {}  # passes that differ from one another in fractions alone
 
     def beside(self, options: Mapping[str, Any], sigma: float, given: Iterable[str] = ()) -> str:
         """In what a pass differs from the first one, such as "stg_self_attn_blocks 29"; empty for the first.
 
-        Blocks that are replaced are not among it, see `replaced_blocks`.
+        Blocks that are replaced are not among it, see `replaced_blocks`; nor are fractions, such as a strength that
+        falls from step to step: a pass has the same words at each level. The second with the same ones is "#2".
 
         Args:
             options: `transformer_options` of the pass. sigma: its noise level.
             given: names of what the model is given with the prompt, compared with the first pass of the same prompt.
         """
-        facts = {name: _text(value) for name, value in _asked(options)}
+        values = dict(_asked(options))
+        facts = {name: _text(value, fractions=True) for name, value in values.items()}
         if sigma != self._sigma:
-            self._sigma, self._first, self._given = sigma, facts, {}
+            self._sigma, self._first, self._given, self._alike = sigma, facts, {}, {}
         names = sorted(name for name in facts.keys() | self._first.keys() if facts.get(name) != self._first.get(name))
-        words = [f"{name} {facts[name]}".rstrip() if name in facts else f"no {name}" for name in names]
+        words = [f"{name} {_text(values[name])}".rstrip() if name in facts else f"no {name}" for name in names]
         mine = frozenset(given)
         for prompt in options.get("uuids") or ():
             firsts = self._given.setdefault(prompt, mine)
             words += [f"no {name}" for name in sorted(firsts - mine)] + [
                 f"with {name}" for name in sorted(mine - firsts)
             ]
-        return ", ".join(dict.fromkeys(words))
+        return self._numbered(", ".join(dict.fromkeys(words)), str([(name, facts.get(name)) for name in names]))
+
+    def _numbered(self, words: str, exactly: str) -> str:
+        alike = self._alike.setdefault(words, [])
+        if exactly not in alike:
+            alike.append(exactly)
+        place = alike.index(exactly)
+        return f"{words} #{place + 1}" if place else words
 
 
 def _asked(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -55,16 +65,22 @@ def _asked(options: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
-def _text(value: Any) -> str:
-    """A value in a word or some. Of functions, tensors and other objects the kind: each GPU may have its own ones."""
+def _text(value: Any, fractions: bool = False) -> str:
+    """A value in a word or some. Of functions, tensors and other objects the kind: each GPU may have its own ones.
+
+    Args:
+        fractions: with them; else they are left out.
+    """
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, (int, float, str)):
+    if isinstance(value, float):
+        return str(value) if fractions else ""
+    if isinstance(value, (int, str)):
         return str(value)
     if isinstance(value, Mapping):
-        return " ".join(sorted(f"{key} {_text(inner)}" for key, inner in value.items()))
-    if isinstance(value, (set, frozenset)):
-        return " ".join(sorted(map(_text, value), key=lambda word: (len(word), word)))
-    if isinstance(value, (list, tuple)):
-        return " ".join(map(_text, value))
+        return " ".join(sorted(f"{key} {_text(inner, fractions)}".rstrip() for key, inner in value.items()))
+    if isinstance(value, (set, frozenset, list, tuple)):
+        words = [word for word in (_text(inner, fractions) for inner in value) if word]
+        ordered = isinstance(value, (list, tuple))
+        return " ".join(words if ordered else sorted(words, key=lambda word: (len(word), word)))
     return type(value).__name__

@@ -82,3 +82,34 @@ def test_each_has_a_branch_of_its_own_in_sparse_attention():
     assert set(counts.values()) == {1}
     further = {"cond, stg_self_attn_blocks 1", "cond, a2v_cross_attn off, v2a_cross_attn off"}
     assert {branch for _, _, branch in counts} == {"cond", "uncond", *further}
+
+
+def test_what_is_kept_of_a_pass_that_does_not_come_any_more_is_forgotten():
+    """Of guidance that ends on the way; that of both prompts stays."""
+    description, model, _ = tiny("ltxav")
+    clone, session = patched(guided(model, 0.5), dense_start_percent=0.0)
+    kept = []
+
+    def branches(*args):
+        kept.append({call[1] for engine in session._engines.values() for call in engine._call_memory})
+
+    sample(clone, description, steps=8, callback=branches)
+    further = "cond, stg_self_attn_blocks 1"
+    assert kept[1] == {"cond", "uncond", further} and kept[-1] == {"cond", "uncond"}
+
+
+def test_a_strength_that_falls_with_the_noise_makes_no_other_pass():
+    description, model, _ = tiny("ltxav")
+    model = model.clone()
+
+    def falling(args):
+        inner = {**args["model_options"]["transformer_options"], "guidance": {"strength": float(args["sigma"].max())}}
+        options = {**args["model_options"], "transformer_options": inner}
+        at = args["input"], args["sigma"]
+        (further,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], *at, options)
+        return args["denoised"] + (args["cond_denoised"] - further)
+
+    model.set_model_sampler_post_cfg_function(falling)
+    clone, session = patched(model, dense_start_percent=0.0)
+    sample(clone, description, steps=4)
+    assert {r.branch for r in session.report().records} == {"cond", "uncond", "cond, guidance strength"}

@@ -34,6 +34,21 @@ def test_what_all_passes_of_a_level_have_tells_nothing():
             assert passes.beside({**MAIN, "step": step, "wrappers": {"a": {None: [id]}}}, sigma) == ""
 
 
+def test_a_fraction_that_changes_from_level_to_level_makes_no_other_pass():
+    """A strength that falls with the noise; two passes that differ in it alone are two."""
+    passes = Passes()
+    for sigma in (1.0, 0.7, 0.4):
+        falls, halves = (
+            {**MAIN, "guidance": {"strength": sigma / n, "blocks": [3, 4], "at": (0.1 * sigma,)}} for n in (1, 2)
+        )
+        assert passes.beside({**MAIN, "scale": 1.0}, sigma) == ""
+        for _ in range(2):
+            assert passes.beside({**MAIN, "scale": sigma / 2}, sigma) == "scale"
+            assert passes.beside({**falls, "scale": 1.0}, sigma) == "guidance at blocks 3 4 strength"
+            assert passes.beside({**halves, "scale": 1.0}, sigma) == "guidance at blocks 3 4 strength #2"
+        assert passes.beside({**MAIN, "scale": 1.0}, sigma) == ""
+
+
 def test_blocks_that_are_replaced_have_names_of_their_own():
     passes = Passes()
     assert passes.beside(MAIN, 1.0) == ""
