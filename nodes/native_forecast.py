@@ -55,7 +55,7 @@ class _Window:
         # Steps are those of the sampler's levels here, and these are told it by `keep`.
         self.forecasts = Forecasts(replace(settings, first_steps=0, last_steps=0))
         self.level = -1
-        self.changes = 0  # of what is asked for, by nodes that start or stop
+        self._changes = 0
         self._sigma: float | None = None
         self._calls: Counter[str] = Counter()
         self._before: set[str] | None = None  # what was asked for at the level before
@@ -70,12 +70,16 @@ class _Window:
         if sigma == self._sigma:
             return
         asked = set(self._calls)
+        self._changes = self.changes()
         if self._before is not None and (asked < self._before or self._before < asked):
-            self.changes += 1
             self.forecasts.start_anew()
         self._sigma, self.level = sigma, self.level + 1
         self._before = asked or None
         self._calls.clear()
+
+    def changes(self) -> int:
+        """How many times what is asked for was not that of the level before, by nodes or prompts that start or stop."""
+        return self._changes + (self._before is not None and set(self._calls) != self._before)
 
     def times(self, asked: str) -> int:
         """How many times something is asked of a model at this level, this one included: the second time it is another
@@ -98,7 +102,6 @@ class _Cached:
 
     def _forget(self) -> None:
         self._finished = False
-        self._asked: dict[int, set[str]] = {}  # of each place in the conditions
         self._names: set[str] = set()  # of context windows
         self._moved = False  # some came that the first step had not
         self._windows: dict[str, _Window] = {}
@@ -134,8 +137,9 @@ class _Cached:
                 f"by {statistics.fmean(self._errors):.3f} of its size, {max(self._errors):.3f} at most.",
             )
         elif count > 1 and self._finished:  # of a sampling that was interrupted, that tells nothing
-            asked = max([*map(len, self._asked.values()), *(1 + window.changes for window in self._windows.values())])
-            fix = _advice([error for error in self._refused if math.isfinite(error)])
+            asked = 1 + max(window.changes() for window in self._windows.values())
+            new_noise = any(window.forecasts.new_noise() for window in self._windows.values())
+            fix = _advice([error for error in self._refused if math.isfinite(error)], new_noise)
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
             elif 2 * asked > count:
@@ -188,8 +192,6 @@ class _Cached:
         given = {place: cond for place, cond in enumerate(conds) if cond is not None}
         beside = self._passes.beside(inner, sigma)
         asked = {place: asked_of(model, cond, timestep, options, beside) for place, cond in given.items()}
-        for place, what in asked.items():
-            self._asked.setdefault(place, set()).add(what)
         times = {place: window.times(what) for place, what in asked.items()}
         branches = {
             place: StepInfo(0, window.level, None, None, f"{what}, {times[place]}") for place, what in asked.items()
@@ -212,17 +214,20 @@ class _Cached:
         return made
 
 
-def _advice(errors: list[float]) -> str:
+def _advice(errors: list[float], new_noise: bool) -> str:
     """What helps where no forecast was near enough.
 
     Args:
         errors: that forecasts are estimated to have, as far as there were any.
+        new_noise: the sampler seems to add noise in each step.
     """
     if not errors:
         return "raise tolerance, or make more steps"
     best = f"the best forecast is estimated to be off by {min(errors):.3g}"
     if min(errors) <= MAX_TOLERANCE:
         return f"{best}: raise tolerance, or make more steps"
+    if not new_noise:
+        return f"{best}, too far for any tolerance: make more steps"
     return (
         f"{best}, too far for any tolerance: a sampler that adds noise in each step leaves no line to go on, so take "
         "euler, uni_pc or dpmpp_2m; with one of these, make more steps"

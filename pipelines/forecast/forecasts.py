@@ -93,6 +93,12 @@ class _Way:
         self._velocity: torch.Tensor | None = None
         self._length = 0.0
         self._usual: list[float] = []
+        self._turns: list[bool] = []
+
+    def turns_back(self) -> bool:
+        """Whether the latents went back in most steps, by more than a right angle: noise that is another one in each
+        step takes them somewhere and then back, and what a model makes of them does not."""
+        return 2 * sum(self._turns) > len(self._turns)
 
     def jumps(self, place: float, latents: torch.Tensor) -> bool:
         """Whether the latents of a step, float32, are not where the way led to."""
@@ -105,8 +111,9 @@ class _Way:
         self._velocity, self._length = velocity, length
         if old is None or old.shape != velocity.shape:
             return False
-        norms = torch.stack([torch.linalg.vector_norm(velocity - old), torch.linalg.vector_norm(velocity)])
-        change, size = norms.tolist()
+        norms = torch.stack([torch.linalg.vector_norm(x) for x in (velocity - old, velocity, old)])
+        change, size, old_size = norms.tolist()
+        self._turns.append(change**2 > size**2 + old_size**2)
         bend = 2 * change / (length + old_length)
         unusual = bool(self._usual) and bend > self.UNUSUAL * max(self._usual)
         self._usual = [*self._usual[-2:], bend]
@@ -138,6 +145,10 @@ class Forecasts:
         """Estimated, of the steps that were forecast."""
         self.refused: list[float] = []
         """Estimated, of those that were computed because it was too much."""
+
+    def new_noise(self) -> bool:
+        """Whether somebody seems to add noise in each step, of which no forecast knows."""
+        return self._way.turns_back()
 
     def start_anew(self) -> None:
         """Forget the lines: from here on the latents go another way. What was told of errors stays."""

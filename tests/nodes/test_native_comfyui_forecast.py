@@ -152,6 +152,15 @@ def test_new_noise_is_told_with_what_helps(sampler, caplog):
     assert "a sampler that adds noise in each step leaves no line to go on, so take euler, uni_pc" in caplog.text
 
 
+@pytest.mark.parametrize(("sampler", "is_cause"), [("euler", False), ("euler_ancestral", True)])
+def test_a_sampler_is_the_cause_only_where_it_adds_noise(sampler, is_cause, caplog):
+    """A model of random weights makes something else in each step, too."""
+    description, model, _ = tiny("ltxav")
+    sample(cache_steps(model, ForecastSettings(0.001)), description, steps=20, sampler=sampler)
+    assert "too far for any tolerance" in caplog.text and "raise tolerance" not in caplog.text
+    assert ("a sampler that adds noise" in caplog.text) == is_cause
+
+
 def test_noise_that_begins_on_the_way():
     """sa_solver has steps without it first."""
     description, model, _ = tiny("wan_t2v")

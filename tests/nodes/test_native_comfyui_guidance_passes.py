@@ -55,6 +55,13 @@ def test_the_forecast_cache_tells_them_apart(stg, modality, left_out, caplog):
     assert told >= left_out
 
 
+@pytest.mark.parametrize("steps", [4, 5])
+def test_guidance_in_every_step_is_no_change(steps, caplog):
+    description, model, _ = tiny("ltxav")
+    sample(cache_steps(guided(model, 1.0, True), ForecastSettings(0.001)), description, steps=steps)
+    assert f"all {steps} steps were computed; the best forecast is estimated to be off by" in caplog.text
+
+
 def test_guidance_that_comes_and_goes_is_told(caplog):
     """In every second step: all of them begin a new line."""
     description, model, _ = tiny("ltxav")
