@@ -35,7 +35,7 @@ def demo_command(
     threads: Threads = None,
 ) -> None:
     """Make a video with the built-in models, lever by lever, and a page that shows what each lever gains here."""
-    with one_line_errors(arguments=("prompt",)):
+    with one_line_errors():
         from ..generation.model_places import DEMOS
         from ..generation.outputs import check_file, check_files
         from ..generation.prompts import unknown_note

@@ -13,6 +13,7 @@ from ..pipelines.whole_files import NotWritten
 from .terminal import not_printed
 
 _NAMES = {
+    "prompt": "PROMPT",
     "settings": "--set",
     "pipeline_options": "--pipeline-option",
     "tiling": "--vae-tiling",
@@ -86,6 +87,7 @@ def _endings() -> Iterator[None]:
 def one_line_errors(
     interrupted: Callable[[], str] = lambda: _LOST,
     arguments: Collection[str] = (),
+    options: Collection[str] = (),
     by_blocks: bool = False,
     with_models: bool = True,
 ) -> Iterator[None]:
@@ -98,6 +100,7 @@ def one_line_errors(
     Args:
         interrupted: what to say after Ctrl-C or such a signal.
         arguments: fields of the request that are arguments of the command, where others have an option.
+        options: those that are options of it, where others have an argument.
         by_blocks: the option for `offload` that was given is that by blocks.
         with_models: the command reads models, so all packages of the command line are asked for first.
     """
@@ -105,6 +108,8 @@ def one_line_errors(
     def name(field: str) -> str:
         if by_blocks and field == "offload":
             return option("offload_blocks")
+        if field in options:
+            return f"--{field}"
         return field.upper() if field in arguments else option(field)
 
     import typer

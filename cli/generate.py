@@ -220,7 +220,7 @@ def generate_command(
 
     With several methods, --out is the video of the first; the others lie beside it as NAME.METHOD.mp4.
     """
-    with one_line_errors(arguments=("prompt",), by_blocks=offload_blocks), ExitStack() as spoken:
+    with one_line_errors(by_blocks=offload_blocks), ExitStack() as spoken:
         process = Process.this()
         spoken.enter_context(speaking(process.first))
         if count := to_start(processes, process):

@@ -84,7 +84,7 @@ def waterfall_command(
     ),
 ) -> None:
     """Seconds and error after each lever of PRESET is added to the plain base, all measured in one process."""
-    with one_line_errors(arguments=("preset",), by_blocks=offload_blocks):
+    with one_line_errors(arguments=("preset",), options=("prompt",), by_blocks=offload_blocks):
         from ..generation.local_files import local_files
         from ..generation.outputs import check_file, check_files
         from ..generation.presets import request_preset

@@ -85,7 +85,7 @@ def tune_command(
     Called again with the same --out, it goes on where it was interrupted; another budget begins with what is known.
     The exit code is 3 where nothing is within the budget.
     """
-    with one_line_errors(lambda: _kept(out), ("prompt",), by_blocks=offload_blocks):
+    with one_line_errors(lambda: _kept(out), by_blocks=offload_blocks):
         from ..generation.prompts import unknown_note
         from ..generation.tuning.api import PAGE, PRESET, tune
         from ..generation.tuning.result import FOUND, NOTHING

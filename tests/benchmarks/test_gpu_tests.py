@@ -11,6 +11,7 @@ import torch
 from benchmark_scripts import ROOT
 
 
+@pytest.mark.slow
 def test_files_not_begun_come_first_and_what_passed_is_not_run_again(tmp_path):
     folder, ran = tmp_path / "tests", tmp_path / "ran"
     folder.mkdir()

@@ -178,7 +178,7 @@ def test_a_waterfall_does_not_replace_what_it_reads(vidaccel, tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--model", "x/y"), "PROMPT is needed for this model. Give one, or several."),
+        (("--model", "x/y"), "--prompt is needed for this model. Give one, or several."),
         (("--model", "demo", "--out", "w.htm"), "--out is w.htm: the name must end in .html"),
         (("--model", "demo", "--prompts", "gone.txt"), "--prompts is gone.txt: it cannot be read"),
         (("--model", "demo", "--rounds", "0"), "--rounds is 0"),

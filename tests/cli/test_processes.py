@@ -45,9 +45,10 @@ def start(tiny_model, tmp_path, child_environment):
     ("options", "told"),
     [
         (("--method", "dense"), "2 processes share guidance by two; transformer: 3 passes computed here, 3 by"),
-        (
+        pytest.param(
             ("--method", "radial", "--share", "sequence", "--dense-steps", 0, "--density", 0.7, "--backend", "gather"),
             "2 processes share each sequence by 2.",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import termios
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -323,8 +322,12 @@ def test_where_a_terminal_is_closed_the_work_is_saved(tmp_path, tail):
     # The shell ends, so what it started has to be waited for by its file.
     command = ["sh", "-c", f"{shlex.quote(sys.executable)} run.py{tail}"]
     streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    owns = partial(fcntl.ioctl, 0, termios.TIOCSCTTY, 0)
-    child = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=owns, **streams)
+
+    def at_terminal() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    child = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, preexec_fn=at_terminal, **streams)
     os.close(terminal)
     assert b"ready" in os.read(master, 100)
     os.close(master)

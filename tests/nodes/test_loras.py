@@ -127,7 +127,8 @@ def test_what_cannot_be_loaded(files, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="^path: the folder .*empty has no weights"):
         Lora(tmp_path / "empty")
-    save_file({"text_encoder.layer.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
+    pair = {f"text_encoder.layer.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"}
+    save_file(pair, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="^loras: nothing in other.safetensors is for the WanTransformer3DModel"):
         made(Lora(tmp_path / "other.safetensors"))
     with pytest.raises(InputError, match="^loras: pytorch_lora_weights.safetensors is for layers of width"):
