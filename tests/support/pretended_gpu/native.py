@@ -74,3 +74,5 @@ def run_vsa(file: str, dtype: str) -> dict[str, Any]:
 def _choose_gpu() -> None:
     management = comfy.model_management
     management.cpu_state, management.vram_state = management.CPUState.GPU, management.VRAMState.NORMAL_VRAM
+    # It makes a device of a number alone, which a torch without CUDA takes for none.
+    management.get_torch_device = lambda: torch.device("cuda", 0)
