@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..pipelines.errors import shortened
 from .errors import BadInput, mention
 from .methods import DENSE
 from .model_places import locate
@@ -179,7 +180,7 @@ def measured_note(preset: Preset, settings: Settings, dtype: torch.dtype, device
         here["dtype"] = measured["dtype"], str(dtype).removeprefix("torch.")
     if "machine" in measured or "torch" in measured:
         told = environment(device)
-        # Of a CPU also how many threads were used, which who measures on another one is told by that.
+        # Of a CPU without the number of threads: what runs beside a video changes that, and it is the same machine.
         machine, own = (str(one).partition(", torch uses ")[0] for one in (measured.get("machine", ""), told["CPU"]))
         here["machine"] = machine, told.get("GPU", own)
         here["torch"] = measured.get("torch"), told["torch"]
@@ -196,7 +197,7 @@ def measured_note(preset: Preset, settings: Settings, dtype: torch.dtype, device
 
 def _plain(value: object) -> str:
     text = "none" if value in ("", None) else f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return shortened(text, 80)
 
 
 def other_model_note(preset: Preset, facts: ModelFacts) -> str:

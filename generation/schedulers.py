@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pipelines.errors import shortened
 from ..pipelines.locations import is_hub_id
 from .errors import BadInput
 from .model_files import Reader, reader
@@ -72,8 +73,7 @@ def scheduler_words(told: Mapping[str, Any]) -> str:
 
 
 def _value(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return shortened(f"{value:g}" if isinstance(value, float) else str(value), 40)
 
 
 def changed_scheduler(pipe: DiffusionPipeline, location: str) -> SchedulerChoice | None:

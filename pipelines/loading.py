@@ -8,6 +8,7 @@ import logging
 import re
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from .errors import few_of
 from .quiet_logs import only_logs
 
 if TYPE_CHECKING:
@@ -112,10 +113,9 @@ def _check_whole(pipe: DiffusionPipeline, location: str) -> None:
             continue
         lacking = [key for key, value in (*part.named_parameters(), *part.named_buffers()) if value.is_meta]
         if lacking:
-            few = ", ".join(lacking[:2]) + (f" and {len(lacking) - 2} more" if len(lacking) > 2 else "")
             raise OSError(
-                f"the weights in {location}/{name} lack {few} of this {type(part).__name__}: download them again, or "
-                "take the config.json that belongs to them."
+                f"the weights in {location}/{name} lack {few_of(lacking)} of this {type(part).__name__}: download them "
+                "again, or take the config.json that belongs to them."
             )
 
 

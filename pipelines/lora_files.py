@@ -155,6 +155,7 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: st
 def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> list[str]:
     """Load one into one transformer; returns and raises as `attach_loras`."""
     from .acceleration.families import unwrap
+    from .errors import few_of
     from .lora_contents import DORA, biases_some, broken, layers_of, missing_layers, other_kind, translated
 
     file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
@@ -175,8 +176,8 @@ def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part
         raise LoraError(f"nothing in {lora.path.name} is for the {type(transformer).__name__} of this pipeline.")
     notes = []
     if missing := missing_layers(matrices, modules):
-        few = ", ".join(missing[:2]) + (f" and {len(missing) - 2} more" if len(missing) > 2 else "")
-        notes.append(f"{lora.path.name} is not whole here: it is also for layers that the {name} does not have ({few})")
+        what = f"layers that the {name} does not have ({few_of(missing)})"
+        notes.append(f"{lora.path.name} is not whole here: it is also for {what}")
     if other_kind(lora_file(lora.path)) == DORA:
         notes.append(f"{lora.path.name} is not whole here: it is of DoRA, whose scales diffusers leaves out")
     return notes
