@@ -76,7 +76,7 @@ _PUBLIC = {
     "sparse_attention": ".attention",
     "tiny_decoder": ".pipelines.tiny_decoder",
     "tune": ".generation.tuning.api",
-    "waterfall": ".generation.waterfall",
+    "waterfall": ".generation.waterfall.api",
 }
 
 __all__ = ["__version__", *_PUBLIC]
@@ -110,7 +110,7 @@ if TYPE_CHECKING:
     from .generation.api import generate as generate
     from .generation.errors import BadInput as BadInput
     from .generation.tuning.api import tune as tune
-    from .generation.waterfall import waterfall as waterfall
+    from .generation.waterfall.api import waterfall as waterfall
     from .pipelines import DCGenPipeline as DCGenPipeline
     from .pipelines import DCVideoGenImageToVideoPipeline as DCVideoGenImageToVideoPipeline
     from .pipelines import DCVideoGenPipeline as DCVideoGenPipeline

@@ -24,8 +24,10 @@ from .gradients import normal_tensors, wants_gradient
 from .groups import dense_attention
 from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
+from .memory import EngineMemory, kept_layouts
 from .meter import added_in, check_rows, relative_error, sample_rows
-from .methods import Method, PlanMemory, resolve_method
+from .methods import Method, resolve_method
+from .pass_plans import PassPlans
 from .pending import KeptRecords, Pending
 from .plan import BlockPlan
 from .records import RunReport, call_of, dropped_note
@@ -33,8 +35,6 @@ from .schedule import DenseSchedule, StepInfo, check_kind
 from .timing import Span
 
 logger = logging.getLogger(__name__)
-
-KEPT_LAYOUTS = 4  # what SVG keeps of one layout is about 21 MB at 75,600 tokens
 
 
 DenseAttention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -45,9 +45,8 @@ class SparseAttention:
 
     The model's side calls `enter` once per forward pass, then the engine once per layer. State (centroids, static
     masks) is kept per layer, guidance branch, layout and batch, and what depends on a run is emptied when a run starts,
-    or where `forget_run` says that it ended.
-    No more is kept than that of the last `KEPT_LAYOUTS` layouts (sizes of videos), and the records and notes of the
-    last runs (`first_kept`).
+    or where `forget_run` says that it ended. No more is kept than that of the layouts (sizes of videos) that were used
+    last (`memory.KEPT_LAYOUTS`), and the records and notes of the last runs (`first_kept`).
 
     Args:
         method: a `Method` or the name of one.
@@ -99,7 +98,7 @@ class SparseAttention:
         self._is_own = type(self.method).__module__.partition(".")[0] != __name__.partition(".")[0]
         self._checks = CallChecks(self.method, self.backend, self._formats)
         self._logged: set[str] = set()  # kinds of notes, which a training forgets at every step
-        self._backward_plans: list[dict[tuple, BlockPlan]] = []  # of passes whose backward pass began
+        self._passes = PassPlans()
         self._entered_with_gradients = False
         self.reset()
 
@@ -111,39 +110,25 @@ class SparseAttention:
 
     def forget(self) -> None:
         """Forget every plan and centroid, which can be gigabytes on a large model; the records stay."""
-        self._layout_memory: dict[tuple, dict[str, Any]] = {}
+        self.memory = EngineMemory()
         self._forget_run()
 
     def forget_run(self) -> None:
         """Forget what is of one run alone, at its end; plans that a backward pass needs stay."""
-        self._call_memory: dict[tuple, tuple[dict[str, Any], ...]] = {}  # `call`, `counts` and `drawn`
-        self._shares: dict[tuple, HeadShare] = {}  # whose heads `_call_memory` is of
-        self._run_memory: dict[str, Any] = {}
+        self.memory.forget_run()
         self._seen: set[VideoLayout] = set()  # layouts of which a plan of somebody's own method was looked at
 
     def forget_branches(self, branches: Collection[str]) -> None:
         """Forget what is kept for some branches of the run, which will not come again or not soon."""
-        for call in [call for call in self._call_memory if call[1] in branches]:
-            del self._call_memory[call], self._shares[call]
+        self.memory.forget_branches(branches)
 
     def _forget_run(self) -> None:
         self.forget_run()
-        self._drop_grad_plans()
-
-    def _drop_grad_plans(self) -> None:
-        # Who still holds the output of a pass that had its backward pass does not hold gigabytes of plans with it.
-        for plans in self._backward_plans:
-            plans.clear()
-        self._backward_plans.clear()
-        self._grad_plans: dict[tuple, BlockPlan] = {}
-        self._grad_counts: dict[tuple, dict[str, int]] = {}  # as they were before each of them
+        self._passes.drop()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts with a run, so without a memory.
-        state = {**self.__dict__, "_backward_plans": []}
-        return state | dict.fromkeys(
-            ("_layout_memory", "_call_memory", "_shares", "_run_memory", "_grad_plans", "_grad_counts")
-        )
+        return {**self.__dict__, "memory": None, "_passes": PassPlans()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -168,7 +153,7 @@ class SparseAttention:
             self._notes = {note: call for note, call in self._notes.items() if call >= first}
         if step.run != self.step.run or step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
-        self._drop_grad_plans()
+        self._passes.drop()
         dense = dense or bool(self.schedule.nothing_sparse(step.num_steps, self._blocks))
         # Not another one for each length of text, which many prompts would fill the report with.
         remarks = {layout.grid: remark for layout, remark in self._fitting.items()}
@@ -182,7 +167,7 @@ class SparseAttention:
             if remarks[layout.grid]:
                 self.note(remarks[layout.grid], step=step)
         # More than those of one pass: two prompts of unlike length come in turn.
-        for old in list(self._fitting)[: -max(KEPT_LAYOUTS, 2 * len(layouts))]:
+        for old in list(self._fitting)[: -kept_layouts(len(layouts))]:
             del self._fitting[old]
         self.step, self.layouts = step, layouts
         self._entered_with_gradients = torch.is_grad_enabled()
@@ -201,11 +186,11 @@ class SparseAttention:
 
         Gradient checkpointing runs layers again in the backward pass, when other forward passes may have come since.
         """
-        entered = self.step, self.layouts, self._grad_plans, self._grad_counts, self._entered_with_gradients
+        entered, bring_back = (self.step, self.layouts, self._entered_with_gradients), self._passes.again()
 
         def again() -> None:
-            self.step, self.layouts, self._grad_plans, self._grad_counts, self._entered_with_gradients = entered
-            self._backward_plans.append(self._grad_plans)
+            self.step, self.layouts, self._entered_with_gradients = entered
+            bring_back()
 
         return again
 
@@ -397,30 +382,25 @@ class SparseAttention:
     def _plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int, heads: HeadShare
     ) -> BlockPlan:
-        """The method's plan. With gradients, a second call in one forward pass gets the plan of the first.
-
-        Gradient checkpointing runs a layer again in the backward pass. A method with a memory would plan anew then, and
-        the gradient would be of another function than the one that was computed.
-        """
+        """The method's plan. With gradients, a second call in one forward pass gets the plan of the first."""
         key = (layer, sample, tuple(q.shape), k.shape[1])
-        if key in self._grad_plans:
-            return self._grad_plans[key]
-        memory = self._memory(q, k, layer, sample, heads)
+        if (known := self._passes.plan(key)) is not None:
+            return known
+        layout = self.layouts[sample]
+        # `EngineMemory` finds the calls of a branch by the second part of this.
+        call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1])
+        memory = self.memory.of(call, (layout, q.device), heads, len(self.layouts))
         checkpointed = self._entered_with_gradients and not torch.is_grad_enabled()
         if checkpointed or wants_gradient(q, k, v):
             # The last call of a training was of another sample, whose clusters say nothing of this one.
-            memory = replace(memory, call={})
-            if key in self._grad_counts:  # of a pass whose plans were dropped since: it is planned as it was
-                memory = replace(memory, counts=dict(self._grad_counts[key]))
-            else:
-                self._grad_counts[key] = dict(memory.counts)
+            memory = replace(memory, call={}, counts=self._passes.counts(key, memory.counts))
         # Under autocast, products would lose the float32 that methods compute in.
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-            plan = self.method.plan(q, k, v, self.layouts[sample], memory)
+            plan = self.method.plan(q, k, v, layout, memory)
         if self._is_own:
-            self._check_plan(plan, self.layouts[sample])
+            self._check_plan(plan, layout)
         if self.with_gradients:
-            self._grad_plans[key] = plan if plan.coarse is None else replace(plan, coarse=None)
+            self._passes.keep(key, plan if plan.coarse is None else replace(plan, coarse=None))
         return plan
 
     def _check_plan(self, plan: BlockPlan, layout: VideoLayout) -> None:
@@ -435,28 +415,6 @@ class SparseAttention:
         except ValueError as error:
             raise ValueError(f"{cls}.plan, for {layout}: {error}") from error
         self._seen.add(layout)
-
-    def _memory(self, q: torch.Tensor, k: torch.Tensor, layer: int, sample: int, heads: HeadShare) -> PlanMemory:
-        place = (self.layouts[sample], q.device)
-        # `_of_layout` finds the calls of a layout by the end of this.
-        call = (layer, self.step.branch, sample, tuple(q.shape[:2]), k.shape[1], *place)
-        kept, counts, drawn = self._call_memory.get(call, ({}, {}, {}))
-        before = self._shares.get(call, heads)
-        if heads is not before:
-            kept = heads.taken_over(kept, before)
-        self._call_memory[call], self._shares[call] = (kept, counts, drawn), heads
-        return PlanMemory(kept, self._of_layout(place), self._run_memory, heads, counts, drawn)
-
-    def _of_layout(self, place: tuple[VideoLayout, torch.device]) -> dict[str, Any]:
-        """The memory of a layout on a device, which is now the one used last; what is kept of others goes."""
-        self._layout_memory[place] = memory = self._layout_memory.pop(place, {})
-        kept = list(dict.fromkeys(layout for layout, _ in reversed(self._layout_memory)))
-        kept = kept[: max(KEPT_LAYOUTS, 2 * len(self.layouts))]
-        for old in [key for key in self._layout_memory if key[0] not in kept]:
-            del self._layout_memory[old]
-            for call in [call for call in self._call_memory if call[-2:] == old]:
-                del self._call_memory[call], self._shares[call]
-        return memory
 
     def _measured_rows(self, q: torch.Tensor, layer: int, first: int) -> torch.Tensor | None:
         """The queries whose error is measured, `[R]` int64, from the `first` on: others in each layer and step, the

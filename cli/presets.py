@@ -14,7 +14,7 @@ from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, off
 from .terminal import can_show, command_line, console, page_line, tell_before, then_printed
 
 if TYPE_CHECKING:
-    from ..generation.waterfall import Waterfall
+    from ..generation.waterfall.account import Waterfall
 
 
 def register(app: typer.Typer) -> None:
@@ -89,8 +89,8 @@ def waterfall_command(
         from ..generation.outputs import check_file, check_files
         from ..generation.presets import request_preset
         from ..generation.prompts import unknown_note
-        from ..generation.waterfall import waterfall
-        from ..generation.waterfall_page import write_waterfall
+        from ..generation.waterfall.api import waterfall
+        from ..generation.waterfall.page import write_waterfall
 
         chosen = request_preset(preset)
         check_file("out", out, ".html")
@@ -154,7 +154,7 @@ def _print_table(made: Waterfall, said: Collection[str] = ()) -> None:
     from rich.table import Table
 
     from ..generation.report import OVER_WHAT_DIFFERS, format_psnr, format_seconds
-    from ..generation.waterfall_page import row_name, row_notes
+    from ..generation.waterfall.page import row_name, row_notes
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("lever", overflow="fold")

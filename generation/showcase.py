@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from ..pipelines.weight_files import WEIGHTS
 from .errors import BadInput
 from .step_times import StepTimes, quick_method, step_times, wan_inputs
-from .waterfall import Row, Waterfall, waterfall
+from .waterfall.account import Row, Waterfall
+from .waterfall.api import waterfall
 
 if TYPE_CHECKING:
     from ..pipelines.presets import Preset

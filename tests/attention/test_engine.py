@@ -98,12 +98,12 @@ def test_state_is_kept_per_layer_branch_and_layout_and_emptied_by_a_new_run():
         engine.enter(StepInfo(run, step, 2, None, branch), layout)
         for layer in range(2):
             engine(*tokens(layout), layer)
-    assert len(engine._call_memory) == 4
+    assert len(engine.memory.calls) == 4
     engine.enter(StepInfo(0, 1, 2, None, "cond"), other)
     engine(*tokens(other), 0)
-    assert len(engine._call_memory) == 5
+    assert len(engine.memory.calls) == 5
     engine.enter(StepInfo(1, 0, 2, None, "cond"), LAYOUT)
-    assert not engine._call_memory
+    assert not engine.memory.calls
 
 
 def test_a_batch_of_two_branches_equals_two_calls():
@@ -286,7 +286,7 @@ def test_the_fixed_control_keeps_its_plan_for_a_run():
     for run, step in ((0, 0), (0, 1), (1, 0)):
         engine.enter(StepInfo(run, step, 2), LAYOUT)
         engine(*tokens(batch=2), 0)
-        memories.append(engine._call_memory[next(iter(engine._call_memory))][2]["random"])
+        memories.append(next(iter(engine.memory.calls.values())).drawn["random"])
     assert memories[0] is memories[1] is not memories[2]
     assert memories[0].to_dense_mask().equal(memories[2].to_dense_mask())  # the same seed
 
@@ -308,8 +308,8 @@ def test_memory_of_layouts_and_records_of_runs_are_bounded():
     for run, layout in enumerate([*layouts, layouts[-4]]):
         engine.enter(StepInfo(run, 0, 1), layout)
         engine(*tokens(layout), 0)
-    kept = [layout for layout, _ in engine._layout_memory]
-    assert kept == [*layouts[-3:], layouts[-4]] and all(engine._layout_memory.values())
+    kept = [layout for layout, _ in engine.memory.layouts]
+    assert kept == [*layouts[-3:], layouts[-4]] and all(engine.memory.layouts.values())
     assert len(engine.report().runs()) == 8 and len(engine.report().records) == 8
 
 
@@ -321,10 +321,8 @@ def test_what_is_kept_of_calls_goes_with_its_layout_within_a_run():
         engine.enter(StepInfo(0, step, 9), layout)
         for layer in range(2):
             engine(*tokens(layout), layer)
-    assert [call[-2] for call in engine._call_memory] == [layout for layout in layouts[-4:] for _ in range(2)]
-    assert engine._call_memory.keys() == engine._shares.keys() and all(
-        kept for kept, *_ in engine._call_memory.values()
-    )
+    assert [call[-2] for call in engine.memory.calls] == [layout for layout in layouts[-4:] for _ in range(2)]
+    assert all(kept.call for kept in engine.memory.calls.values())
 
 
 def test_a_schedule_that_leaves_nothing_sparse_is_said_once(caplog):

@@ -185,7 +185,7 @@ def test_a_layer_that_runs_again_for_its_gradients(reentrant):
     def gradients(run):
         engine.enter(StepInfo(num_steps=2), layout)
         out = run(lambda q, k, v, gate: engine(q * 2, k * 2, v * 2, 0, weights=gate * 2))
-        plans = list(engine._grad_plans.values())
+        plans = list(engine._passes._plans.values())
         assert len(plans) == 1 and plans[0].coarse is None  # which is of the call alone
         out.square().sum().backward()  # reentrant checkpointing has no other
         found = [out, *(x.grad for x in inputs)]

@@ -166,7 +166,7 @@ def test_a_waterfall_of_a_cache_that_skips_nothing(vidaccel, tiny_model, tmp_pat
 
 def test_a_waterfall_does_not_replace_what_it_reads(vidaccel, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vidaccel.generation.waterfall.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("vidaccel.generation.waterfall.models.load", lambda *_, **__: pytest.fail("weights were read"))
     text = '{"version": 1, "name": "mine", "model": "demo", "cache": {"name": "forecast"}}'
     Path("mine.json").write_text(text)
     result = vidaccel("waterfall", "mine.json", "--prompt", "a dot", *SIZE, "--out", "mine.html")
@@ -190,7 +190,7 @@ def test_a_waterfall_does_not_replace_what_it_reads(vidaccel, tmp_path, monkeypa
 def test_a_waterfall_that_cannot_be(vidaccel, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
-    monkeypatch.setattr("vidaccel.generation.waterfall.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("vidaccel.generation.waterfall.models.load", lambda *_, **__: pytest.fail("weights were read"))
     result = vidaccel("waterfall", "demo-cache", *options)
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in result.stderr and result.stderr.count("\n") == 1

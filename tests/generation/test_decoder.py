@@ -9,7 +9,7 @@ import torch
 import vidaccel
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.stages import stages
+from vidaccel.generation.waterfall.stages import stages
 
 PROMPT = "a red circle moves left on a grey background"
 SMALL = {"frames": 32, "height": 128, "width": 128, "steps": 4, "device": "cpu", "progress": False}

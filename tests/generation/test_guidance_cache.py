@@ -8,7 +8,7 @@ import vidaccel
 from vidaccel import GuidanceCache, Preset
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.presets import with_levers
-from vidaccel.generation.stages import stages
+from vidaccel.generation.waterfall.stages import stages
 
 SMALL = {"frames": 9, "height": 64, "width": 64, "seed": 0, "progress": False}
 PROMPT = "a red circle moves left on a grey background"

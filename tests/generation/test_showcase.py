@@ -18,7 +18,8 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.showcase import Accuracy, Showcase, fastest_demo, long_steps, measured, quoted, showcase
 from vidaccel.generation.showcase_page import write_showcase
 from vidaccel.generation.step_times import StepTimes
-from vidaccel.generation.waterfall import Row, Stage, Waterfall, stages
+from vidaccel.generation.waterfall.account import Row, Waterfall
+from vidaccel.generation.waterfall.stages import Stage, stages
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 

@@ -98,7 +98,7 @@ def test_what_is_kept_of_a_pass_that_does_not_come_any_more_is_forgotten():
     kept = []
 
     def branches(*args):
-        kept.append({call[1] for engine in session._engines.values() for call in engine._call_memory})
+        kept.append({call[1] for engine in session._engines.values() for call in engine.memory.calls})
 
     sample(clone, description, steps=8, callback=branches)
     further = "cond, stg_self_attn_blocks 1"

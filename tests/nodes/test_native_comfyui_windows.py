@@ -23,7 +23,7 @@ def test_what_is_kept_of_windows_is_what_was_announced(schedule, monkeypatch):
     kept, end = [], session.end
 
     def count() -> None:
-        kept.append(sum(len(engine._call_memory) for engine in session._engines.values()))
+        kept.append(sum(len(engine.memory.calls) for engine in session._engines.values()))
         end()
 
     monkeypatch.setattr(session, "end", count)

@@ -37,13 +37,13 @@ def test_two_prompts_of_one_side_have_a_state_each():
     apart = session_of()
     for entry, (kind, uuid) in enumerate(zip(*options.values(), strict=True)):
         step(apart, Executor(RECORDED["wan"], seeds=[entry]), cond_or_uncond=[kind], uuids=[uuid])
-    assert len(apart._engines[RECORDED["wan"].layout]._call_memory) == 6
+    assert len(apart._engines[RECORDED["wan"].layout].memory.calls) == 6
 
 
 def test_a_latent_batch_stays_together_within_a_branch():
     session = session_of()
     step(session, Executor(RECORDED["wan"], 4), cond_or_uncond=[0, 1])
-    memory = session._engines[RECORDED["wan"].layout]._call_memory
+    memory = session._engines[RECORDED["wan"].layout].memory.calls
     assert memory and all((2, HEADS) in key for key in memory)
 
 
@@ -51,7 +51,7 @@ def test_a_run_begins_without_the_state_of_the_last():
     wan = RECORDED["wan"]
     session, fresh = session_of(), session_of()
     run(session, wan, [{"seeds": [7], "options": {}}])
-    assert not session._engines[wan.layout]._call_memory  # gigabytes on a large model
+    assert not session._engines[wan.layout].memory.calls  # gigabytes on a large model
     first = run(fresh, wan, BATCHED)
     for key, value in run(session, wan, BATCHED).items():
         assert value.equal(first[key])

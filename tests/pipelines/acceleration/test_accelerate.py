@@ -171,13 +171,13 @@ def test_removing_frees_what_the_method_remembered(pipe):
 
     def stop(pipe, step, timestep, kwargs):
         if step == 1:
-            assert engine._call_memory
+            assert engine.memory.calls
             handle.remove()
-            assert not engine._call_memory and not engine._layout_memory
+            assert not engine.memory.calls and not engine.memory.layouts
         return kwargs
 
     generate(pipe, callback_on_step_end=stop)
-    assert {r.step for r in handle.report().records} == {0, 1} and not engine._call_memory
+    assert {r.step for r in handle.report().records} == {0, 1} and not engine.memory.calls
 
 
 def test_an_error_inside_the_context_still_removes(pipe):

@@ -75,7 +75,8 @@ def test_what_stands_for_the_prefix_of_cosmos_3_is_counted_nowhere():
     text = tiny.layout.text_before
     with accelerate(tiny.model, SPARSE, schedule=NEVER_DENSE) as handle:
         tiny.run()
-        plans = {call[0]: drawn["random"] for call, (*_, drawn) in handle._installed[0].engine._call_memory.items()}
+        calls = handle._installed[0].engine.memory.calls
+        plans = {call[0]: kept.drawn["random"] for call, kept in calls.items()}
         densities = {r.layer: r.density for r in handle.report().records}
     masks = {layer: plan.to_dense_mask()[:, :, text:] for layer, plan in plans.items()}
     assert text and densities == pytest.approx({layer: float(mask.double().mean()) for layer, mask in masks.items()})

@@ -349,7 +349,7 @@ class Remembered:
         generate(pipe, steps=6, callback_on_step_end=self._note)
 
     def now(self) -> list[str]:
-        return [name for name, engine in self.engines.items() if engine._call_memory]
+        return [name for name, engine in self.engines.items() if engine.memory.calls]
 
     def _note(self, pipe, step, timestep, kwargs):
         self.after_steps.append(self.now())
@@ -365,7 +365,7 @@ def test_nothing_of_a_run_is_remembered_while_its_latents_are_decoded(pipe):
         copied = copy.deepcopy(pipe)
         generate(copied)
         site = copied.transformer.blocks[0].attn1.processor.site
-        assert not site.engine._call_memory
+        assert not site.engine.memory.calls
 
 
 def test_what_a_pipeline_lets_go_of_in_a_call_is_freed_at_once():
@@ -405,10 +405,10 @@ def test_runs_of_few_steps_remember_nothing_either(pipe, steps, guidance):
     method = SVG2(density=0.4, schedule=DenseSchedule())
     with vidaccel.accelerate(pipe, method) as handle:
         engine, kept = handle._installed[0].engine, []
-        pipe.transformer.proj_out.register_forward_hook(lambda *_: kept.append(bool(engine._call_memory)))
+        pipe.transformer.proj_out.register_forward_hook(lambda *_: kept.append(bool(engine.memory.calls)))
         generate(pipe, steps=steps, guidance_scale=guidance)
         assert all(kept) and len(kept) == steps * (1 + (guidance > 1))
-        assert not engine._call_memory
+        assert not engine.memory.calls
 
 
 class TestRunsThatEndEarly:
@@ -419,7 +419,7 @@ class TestRunsThatEndEarly:
 
         def after(pipe, step, timestep, kwargs):
             if step == 1:
-                seen.extend(weakref.ref(x) for x in tree_leaves(engine._call_memory) if isinstance(x, torch.Tensor))
+                seen.extend(weakref.ref(x) for x in tree_leaves(engine.memory.calls) if isinstance(x, torch.Tensor))
                 pipe._interrupt = interrupt
             return kwargs
 
@@ -440,7 +440,7 @@ class TestRunsThatEndEarly:
                 with pytest.raises(type(error)) as raised, failing(pipe, where, error):
                     generate(pipe, callback_on_step_end=after)
                 raised.value.__traceback__ = None
-            assert seen and not any(reference() is not None for reference in seen) and not engine._call_memory
+            assert seen and not any(reference() is not None for reference in seen) and not engine.memory.calls
             pipe._interrupt = False
             assert generate(pipe).equal(sparse)
         assert "progress_bar" not in vars(pipe) and generate(pipe).equal(expected)
@@ -450,12 +450,12 @@ class TestRunsThatEndEarly:
         with torch.no_grad(), vidaccel.accelerate(transformer, METHOD, schedule=DenseSchedule()) as handle:
             transformer(*inputs())
             engine = handle._installed[0].engine
-            assert engine._call_memory
+            assert engine.memory.calls
             hook = transformer.blocks[1].register_forward_pre_hook(failing_hook(RuntimeError("out of memory")))
             with pytest.raises(RuntimeError, match="out of memory"):
                 transformer(*inputs())
             hook.remove()
-            assert not engine._call_memory
+            assert not engine.memory.calls
 
     def test_a_copy_frees_its_own(self, pipe):
         """And the original is as it was, whichever of the two is removed."""
@@ -464,7 +464,7 @@ class TestRunsThatEndEarly:
             copied.set_progress_bar_config(disable=True, desc="copy")
             with pytest.raises(KeyboardInterrupt), failing(copied, "scheduler", KeyboardInterrupt()):
                 generate(copied)
-            assert not copied.transformer.blocks[0].attn1.processor.site.engine._call_memory
+            assert not copied.transformer.blocks[0].attn1.processor.site.engine.memory.calls
             assert vars(copied)["progress_bar"] is not vars(pipe)["progress_bar"]
             vidaccel.restore(copied)
             assert "progress_bar" not in vars(copied) and "progress_bar" in vars(pipe)
@@ -477,9 +477,9 @@ class TestRunsThatEndEarly:
             with torch.no_grad():
                 pipe.transformer(*inputs())
             bar.update()
-            assert handle._installed[0].engine._call_memory
+            assert handle._installed[0].engine.memory.calls
             bar.close()
-            assert not handle._installed[0].engine._call_memory
+            assert not handle._installed[0].engine.memory.calls
 
     def test_a_progress_bar_of_ones_own_is_kept(self, pipe):
         made = []
@@ -536,7 +536,7 @@ def test_a_second_transformer_with_one_step_forgets_it():
         generate(pipe, steps=2)
         records = handle.report().last().records
         assert {(r.model, r.step) for r in records} == {("transformer", 0), ("transformer_2", 1)}
-        assert not any(installed.engine._call_memory for installed in handle._installed)
+        assert not any(installed.engine.memory.calls for installed in handle._installed)
 
 
 def test_another_thread_may_go_on_after_an_interrupt(pipe):

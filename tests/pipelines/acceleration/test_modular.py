@@ -101,7 +101,7 @@ def test_a_run_that_ends_early_is_forgotten_at_once(error, undo, monkeypatch):
     kept = []
 
     def failing(*_, **__):
-        kept.append(bool(engine._call_memory))
+        kept.append(bool(engine.memory.calls))
         if len(kept) == 2:
             raise error
         return step(*_, **__)
@@ -110,7 +110,7 @@ def test_a_run_that_ends_early_is_forgotten_at_once(error, undo, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(type(error)):
         patch.setattr(pipe.scheduler, "step", failing)
         run(pipe)
-    assert kept == [False, True] and not engine._call_memory  # the first step is dense
+    assert kept == [False, True] and not engine.memory.calls  # the first step is dense
     assert run(pipe).equal(expected) and len(loops(pipe._blocks)) == 1
     handle.remove() if undo == "handle" else vidaccel.restore(pipe)
     assert not loops(pipe._blocks)

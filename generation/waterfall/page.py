@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .figures import figure_svg, waterfall_chart
-from .report import format_psnr, format_seconds, template, write_numbers, write_text
-from .video import contact_sheet, data_url, png
-from .waterfall import Row, Waterfall
+from ..figures import figure_svg, waterfall_chart
+from ..report import format_psnr, format_seconds, template, write_numbers, write_text
+from ..video import contact_sheet, data_url, png
+from .account import Row, Waterfall
 
 
 def row_name(row: Row, number: int) -> str:

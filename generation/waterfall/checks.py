@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .errors import BadInput
-from .guidance import check_guidance, guidance_adapters, own_adapters, placed
-from .lora_fit import check_fits
-from .loras import check_targets, lora_files
-from .machine import check_formats, check_runs, check_second_stage, check_stand_ins
-from .preset_request import said_of_preset
-from .presets import check_scheduler, refusals
-from .sla import check_learned, sla_adapters
+from ..errors import BadInput
+from ..guidance import check_guidance, guidance_adapters, own_adapters, placed
+from ..lora_fit import check_fits
+from ..loras import check_targets, lora_files
+from ..machine import check_formats, check_runs, check_second_stage, check_stand_ins
+from ..preset_request import said_of_preset
+from ..presets import check_scheduler, refusals
+from ..sla import check_learned, sla_adapters
 
 if TYPE_CHECKING:
-    from ..pipelines.presets import Preset
-    from .model_facts import ModelFacts
-    from .request import Settings
+    from ...pipelines.presets import Preset
+    from ..model_facts import ModelFacts
+    from ..request import Settings
 
 
 def check_named(
@@ -35,8 +35,8 @@ def check_named(
     Raises:
         BadInput: one is not there, is for another model, or cannot be had here.
     """
-    from ..pipelines.presets.checks import scheduler_class
-    from ..pipelines.presets.preset import OWN
+    from ...pipelines.presets.checks import scheduler_class
+    from ...pipelines.presets.preset import OWN
 
     of_weights, method = placed(facts, pipe), preset.method
     with said_of_preset(), refusals():

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .errors import BadInput
-from .guidance import own_adapters
-from .model_facts import inspect_model
+from ..errors import BadInput
+from ..guidance import own_adapters
+from ..model_facts import inspect_model
 
 if TYPE_CHECKING:
-    from ..pipelines.presets import Preset
+    from ...pipelines.presets import Preset
 
 BASE = "base"
 """Name of the first row."""
@@ -40,7 +40,7 @@ def stages(preset: Preset, model: str = "") -> list[Stage]:
         preset: to be taken apart.
         model: of the first row; "" for the preset's base, or the model where it has none.
     """
-    from ..pipelines.presets import Preset
+    from ...pipelines.presets import Preset
 
     base = model or preset.base or preset.model
     own = preset.model if preset.base and preset.model != base else base
@@ -92,8 +92,8 @@ def _steps_text(preset: Preset, distilled: bool) -> str:
 
 def _few_steps(preset: Preset) -> int | None:
     """The steps that the adapters of a preset were distilled to; None for any."""
-    from ..pipelines.guidance_free.adapter_file import GuidanceFreeError, read_adapter
-    from ..pipelines.presets.preset import OWN
+    from ...pipelines.guidance_free.adapter_file import GuidanceFreeError, read_adapter
+    from ...pipelines.presets.preset import OWN
 
     for place in preset.guidance_free:
         if place == OWN:
@@ -109,7 +109,7 @@ def _few_steps(preset: Preset) -> int | None:
 
 def _own_adapter(model: str) -> tuple[str, ...]:
     """What a preset says for the adapter that a model has of its own; nothing where it has none."""
-    from ..pipelines.presets.preset import OWN
+    from ...pipelines.presets.preset import OWN
 
     try:
         return (OWN,) if model and own_adapters(inspect_model(model)) else ()

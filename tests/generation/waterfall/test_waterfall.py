@@ -17,9 +17,9 @@ import vidaccel
 from vidaccel import SLA, SVG2, DenseSchedule, Preset, demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.report import format_psnr
-from vidaccel.generation.stages import Stage, stages
-from vidaccel.generation.waterfall import Row, Waterfall
-from vidaccel.generation.waterfall_page import write_waterfall
+from vidaccel.generation.waterfall.account import Row, Waterfall
+from vidaccel.generation.waterfall.page import write_waterfall
+from vidaccel.generation.waterfall.stages import Stage, stages
 from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice, load_preset
 from vidaccel.pipelines.presets.compiling import graphs_made
 
@@ -296,7 +296,7 @@ def test_the_page_and_its_numbers(made, tmp_path):
     ],
 )
 def test_refused_before_anything_is_loaded(model, preset, more, message, monkeypatch):
-    monkeypatch.setattr("vidaccel.generation.waterfall.load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr("vidaccel.generation.waterfall.models.load", lambda *_, **__: pytest.fail("weights were read"))
     given = {"prompts": PROMPTS, **SMALL, **more}
     with pytest.raises(BadInput, match=message):
         vidaccel.waterfall(model, preset, given.pop("prompts"), given.pop("seeds", 0), device="cpu", **given)
@@ -304,7 +304,7 @@ def test_refused_before_anything_is_loaded(model, preset, more, message, monkeyp
 
 def test_what_the_loaded_model_refuses_is_told_before_the_first_video(monkeypatch):
     """Also of levers whose rows come late, and of the second of two models."""
-    from vidaccel.generation import waterfall as module
+    from vidaccel.generation.waterfall import api as module
 
     monkeypatch.setattr(module, "run", lambda *_: pytest.fail("a video was made"))
     ddim = Preset(name="a", scheduler=SchedulerChoice("DDIMScheduler"), cache=FULL.cache)
@@ -341,7 +341,7 @@ def test_halves_of_a_batch_that_are_left_out_are_told(tmp_path):
 @pytest.mark.compiler
 def test_compilation_is_in_no_row(monkeypatch):
     """A guidance cache halves the batch in some steps, for which blocks are compiled anew in the middle of a run."""
-    from vidaccel.generation import waterfall as module
+    from vidaccel.generation.waterfall import api as module
 
     of_runs: dict[float, int] = {}
 

@@ -1,0 +1,1 @@
+"""A preset measured lever by lever: `vidaccel waterfall`."""
