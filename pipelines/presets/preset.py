@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method, check_config
-from ...attention.methods.description import describe, described, in_words
+from ...attention.methods.description import describe, in_words
 from ...attention.plain_values import plain
 from ...demo import MODELS
 from ..guidance_cache.settings import GuidanceCache
 from ..locations import is_hub_id, is_model
-from ..lora_files import TARGETS, LoraFile
-from ..nearest_name import nearest
+from ..lora_files import LoraFile
 from .errors import PresetError
-from .levers import Cache, CacheSetting, Compile, Quantize, SchedulerChoice, check_number, settings_of
+from .levers import Cache, CacheSetting, Compile, Quantize, SchedulerChoice, check_number
+from .stated import (
+    attention_of,
+    check_names,
+    compile_of,
+    guidance_cache_of,
+    lora_file,
+    lora_of,
+    part_of,
+    place_of,
+    several,
+)
 
 VERSION = 1
 """Of the format."""
@@ -137,21 +146,21 @@ class Preset:
             if wrong := [place for place in places if not isinstance(place, str | Path)]:
                 raise PresetError(name, "each must be a file", value=repr(wrong[0]))
             put(name, tuple(map(str, places)))
-        put("loras", tuple(_lora_file(lora) for lora in several("loras", self.loras, str | Path | LoraFile)))
+        put("loras", tuple(lora_file(lora) for lora in several("loras", self.loras, str | Path | LoraFile)))
         for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
             if isinstance(value := getattr(self, name), str):
                 put(name, kind(value))
             elif value is not None and not isinstance(value, kind):
                 raise PresetError(name, f"it must be a {kind.__name__}, its name or None", value=repr(value))
-        put("guidance_cache", _guidance_cache(self.guidance_cache))
-        put("compile", _compile(self.compile))
+        put("guidance_cache", guidance_cache_of(self.guidance_cache))
+        put("compile", compile_of(self.compile))
         if isinstance(self.decoder, Path):
             put("decoder", str(self.decoder))
         if self.decoder is not None and (not isinstance(self.decoder, str) or not self.decoder.strip()):
             fix = f'Name one, or "{OWN}" for that of the model.'
             raise PresetError("decoder", "it must be a file, a folder or a hub id", fix, repr(self.decoder))
         if isinstance(self.method, str):
-            put("method", _attention(self.method, None)["method"])
+            put("method", attention_of(self.method, None)["method"])
 
     def _check_attention(self) -> None:
         if self.method is not None and not isinstance(self.method, Method):
@@ -277,7 +286,7 @@ class Preset:
             problem = f"this vidaccel reads version {VERSION}"
             raise PresetError("version", problem, f"Write version: {VERSION}.", "missing")
         cls(version=content["version"])  # says what is wrong, before what another version holds is found unknown
-        _check_names("", content, _FIELDS)
+        check_names("", content, _FIELDS)
         values = {name: value for name, value in content.items() if name in _SIMPLE and value is not None}
         for name in ("name", "summary", "model", "base", "family"):
             if not isinstance(values.get(name, ""), str):
@@ -288,23 +297,23 @@ class Preset:
         for name in ("model", "base"):
             place = values.get(name, "")
             if folder is not None and place not in ("", *MODELS) and is_model(folder / place):
-                values[name] = _place(name, place, folder)
-        values |= _attention(content.get("attention"), folder)
+                values[name] = place_of(name, place, folder)
+        values |= attention_of(content.get("attention"), folder)
         places = several("guidance_free", content.get("guidance_free"))
         values["guidance_free"] = tuple(
-            place if place == OWN else _place("guidance_free", place, folder) for place in places
+            place if place == OWN else place_of("guidance_free", place, folder) for place in places
         )
-        values["loras"] = tuple(_lora(each, folder) for each in several("loras", content.get("loras")))
+        values["loras"] = tuple(lora_of(each, folder) for each in several("loras", content.get("loras")))
         for name, kind in (("cache", Cache), ("quantize", Quantize), ("scheduler", SchedulerChoice)):
             if (stated := content.get(name)) is not None:
-                values[name] = _part(name, kind, stated)
+                values[name] = part_of(name, kind, stated)
         for name in ("guidance_cache", "compile"):
             if (stated := content.get(name)) is not None:
                 values[name] = stated
         if (stated := content.get("decoder")) is not None:
             beside = folder is not None and isinstance(stated, str) and os.path.exists(folder / stated)
             known = stated == OWN or (isinstance(stated, str) and is_hub_id(stated) and not beside)
-            values["decoder"] = stated if known else _place("decoder", stated, folder)
+            values["decoder"] = stated if known else place_of("decoder", stated, folder)
         return cls(**values)
 
 
@@ -324,126 +333,3 @@ _FIELDS = (
     "scheduler",
     "decoder",
 )
-
-
-def _attention(stated: Any, folder: Path | None) -> dict[str, Any]:
-    if stated is None:
-        return {}
-    stated = {"method": stated} if isinstance(stated, str) else stated
-    if isinstance(stated, Mapping) and stated.get("method") in ("dense", "none"):
-        fix = "Leave attention out: a preset without it is dense."
-        raise PresetError("attention", "it is for sparse attention", fix, stated["method"])
-    known = ("method", "settings", "schedule", "backend", "precision", "adapters")
-    _check_names("attention", stated, known, "the name of a method, or")
-    if "method" not in stated:
-        raise PresetError("attention", "it has no method", f"It can have {', '.join(known)}.")
-    for name in ("settings", "schedule"):
-        settings_of(f"attention.{name}", stated.get(name))
-    try:
-        method = described({name: stated.get(name) for name in ("method", "settings", "schedule")})
-    except (ValueError, TypeError) as error:
-        raise PresetError("attention", str(error).rstrip(".")) from error
-    places = several("attention.adapters", stated.get("adapters"))
-    adapters = tuple(_place("attention.adapters", place, folder) for place in places)
-    return {
-        "method": method,
-        "backend": stated.get("backend") or "auto",
-        "precision": stated.get("precision"),
-        "sla": adapters,
-    }
-
-
-def _part(name: str, kind: type, stated: Any) -> Any:
-    """A part of a preset from a mapping, or from its first field alone."""
-    known = [f.name for f in fields(kind)]
-    stated = {known[0]: stated} if isinstance(stated, str) else stated
-    _check_names(name, stated, known, f"its {known[0]} alone, or")
-    if known[0] not in stated:
-        raise PresetError(name, f"it has no {known[0]}", f"It can have {', '.join(known)}.")
-    return kind(**stated)
-
-
-def _guidance_cache(given: Any) -> GuidanceCache | None:
-    """What a preset says of it: settings by name, or `every` alone."""
-    if given is None or isinstance(given, GuidanceCache):
-        return given
-    settings = given if isinstance(given, Mapping) else {"every": given}
-    _check_names("guidance_cache", settings, [f.name for f in fields(GuidanceCache)])
-    try:
-        return GuidanceCache(**settings)
-    except ValueError as error:
-        raise PresetError("guidance_cache", str(error).partition(".")[2].rstrip(".")) from error
-
-
-def _compile(given: Any) -> Compile | None:
-    """What a preset says of it: true, its mode alone, or settings by name."""
-    if given is None or given is False or isinstance(given, Compile):
-        return given or None
-    settings = {"mode": given} if isinstance(given, str) else {} if given is True else given
-    _check_names("compile", settings, [f.name for f in fields(Compile)], "true, false, a mode, or")
-    return Compile(**settings)
-
-
-def _lora(stated: Any, folder: Path | None) -> LoraFile:
-    stated = {"file": stated} if isinstance(stated, str) else stated
-    _check_names("loras", stated, ("file", "weight", "target"), "a file, or")
-    if not isinstance(stated.get("file"), str):
-        raise PresetError("loras", "each needs a file", value=repr(stated))
-    weight = stated.get("weight")
-    place = _place("loras", stated["file"], folder)
-    return LoraFile(Path(place), 1.0 if weight is None else weight, stated.get("target"))
-
-
-def _lora_file(given: Any) -> LoraFile:
-    if not isinstance(given, str | Path | LoraFile):
-        raise PresetError("loras", "each must be a file or a LoraFile", value=repr(given))
-    lora = replace(given, path=Path(given.path)) if isinstance(given, LoraFile) else LoraFile(Path(given))
-    if isinstance(lora.weight, bool) or not isinstance(lora.weight, int | float) or not math.isfinite(lora.weight):
-        raise PresetError("loras.weight", "it must be a finite number", value=repr(lora.weight))
-    if lora.target is not None and lora.target not in TARGETS:
-        raise PresetError("loras.target", f"it must be one of {', '.join(TARGETS)}", value=repr(lora.target))
-    return replace(lora, weight=float(lora.weight))
-
-
-def several(lever: str, stated: Any, single: Any = str | Mapping) -> list[Any]:
-    """What stands in a list, where one alone may stand for itself.
-
-    Args:
-        lever: that it is of.
-        stated: a list, one of its entries, or None for none.
-        single: kinds of an entry.
-
-    Raises:
-        PresetError: another kind.
-    """
-    if stated is None:
-        return []
-    if isinstance(stated, single):
-        return [stated]
-    if not isinstance(stated, list | tuple):
-        raise PresetError(lever, "it must be a file or a list of them", value=repr(stated))
-    return list(stated)
-
-
-def _place(lever: str, place: Any, folder: Path | None) -> str:
-    if not isinstance(place, str) or not place.strip():
-        raise PresetError(lever, "a file must be a text that names it", value=repr(place))
-    path = Path(place).expanduser()
-    if path.is_absolute() or folder is None:
-        return str(path)
-    return str(folder / path) if ".." not in path.parts else str((folder / path).resolve())
-
-
-def _check_names(where: str, stated: Any, known: Iterable[str], other: str = "") -> None:
-    """Raise for what is no mapping, and for a name in it that is not known.
-
-    Args:
-        other: what may stand in its place, in words.
-    """
-    known = list(known)
-    if not isinstance(stated, Mapping):
-        wanted = f"it must be {other} hold" if other else "it must hold"
-        raise PresetError(where, f"{wanted} names and values ({', '.join(known)})", value=repr(stated))
-    for name in stated:
-        if name not in known:
-            raise PresetError(where, f"there is no {name}{nearest(str(name), known)}")
