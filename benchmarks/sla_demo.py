@@ -7,7 +7,8 @@ Trains with the ready settings `demo_sla` in two arms, with linear attention ove
 attention alone, in turn and equally long (a call goes on where the last one stopped; the learning rate falls in the
 last steps). Then it makes the videos of held-out prompts with dense attention, with both arms, with the same blocks
 untrained, and with Tangent at the same density, from the same seeds. The second line goes on from there with twice the
-blocks. Results go to `benchmarks/results/sla_demo*`, one section for each number of blocks.
+blocks. Results go to `benchmarks/results/sla_demo*`, one section for each number of blocks; with `--untrained` the rows
+that need no training are measured anew, and the others stay.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from prompts import Made, make, psnr
 
 ARMS = {"all": "SLA, linear attention over all keys", "none": "block-sparse alone"}
 KEY_BLOCKS = 18  # of 32 of the 576 tokens, as in demo_sla
-DENSE, BLOCKS, TANGENT = "dense", "block-sparse, untrained", "Tangent, untrained"
+UNTRAINED = DENSE, BLOCKS, TANGENT = "dense", "block-sparse, untrained", "Tangent, untrained"
 
 
 def share(blocks: int) -> float:
@@ -100,7 +101,7 @@ def videos(name: str, arm: Path | None, blocks: int, count: int, steps: int, sca
 
 def compare(arms: dict[str, Path], blocks: int, count: int, steps: int, scale: float, processes: int) -> list[dict]:
     """A row for each kind of attention: how near its videos are to the dense ones, and how many are right."""
-    kinds: list[tuple[str, Path | None]] = [(name, None) for name in (DENSE, BLOCKS, TANGENT)]
+    kinds: list[tuple[str, Path | None]] = [(name, None) for name in UNTRAINED]
     kinds += [(f"{ARMS[arm]}, trained", folder) for arm, folder in arms.items()]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         pending = [pool.submit(videos, *kind, blocks, count, steps, scale) for kind in kinds]
@@ -136,6 +137,12 @@ def main(
         list[str] | None,
         typer.Option(help="ARM=FOLDER, that of a run: what it made is measured, and nothing is trained."),
     ] = None,
+    untrained: Annotated[
+        bool,
+        typer.Option(
+            help="Measure the rows that need no training anew, as the file of results says, and train nothing."
+        ),
+    ] = False,
     prompts: Annotated[int, typer.Option(min=1, max=64, help="Held-out prompts.")] = 8,
     denoising_steps: Annotated[int, typer.Option(min=2, help="Of each video.")] = 10,
     guidance_scale: Annotated[float, typer.Option(min=1)] = 2.0,
@@ -150,6 +157,17 @@ def main(
     import torch
 
     torch.set_num_threads(1)
+    file = out / "sla_demo.json"
+    found = json.loads(file.read_text()) if file.is_file() else {}
+    if untrained:
+        if str(blocks) not in found:
+            raise typer.BadParameter(f"{file} has no rows of {blocks} blocks: leave it out.", param_hint="--untrained")
+        known = found[str(blocks)]
+        rows = compare({}, blocks, known["prompts"], known["denoising_steps"], known["guidance_scale"], processes)
+        known["videos"][: len(rows)] = rows
+        known["untrained_environment"] = environment_line()
+        _write(out, found)
+        return
     if decay >= steps:
         raise typer.BadParameter(f"{decay} of {steps} steps: leave some at the full rate.", param_hint="--decay")
     if arm:
@@ -164,11 +182,14 @@ def main(
     facts = {"environment": environment_line(), "steps": done}
     facts |= {"prompts": prompts, "denoising_steps": denoising_steps, "guidance_scale": guidance_scale}
     facts["went_on"] = start is not None or any(_starts(folder) for folder in runs.values())
-    out.mkdir(parents=True, exist_ok=True)
-    file = out / "sla_demo.json"
-    found = json.loads(file.read_text()) if file.is_file() else {}
     found[str(blocks)] = {**facts, "learned": learned(runs), "videos": rows}
-    file.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+    _write(out, found)
+
+
+def _write(out: Path, found: dict[str, Any]) -> None:
+    """sla_demo.json and sla_demo.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "sla_demo.json").write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
     write_page(out)
 
 
@@ -196,6 +217,8 @@ def write_page(out: Path) -> None:
             "table has the error of the velocity on held-out clips against the dense model's, as a share of its "
             f"square.{both} {found['environment']}, one thread, on a machine with other work."
         )
+        if (later := found.get("untrained_environment")) is not None:
+            text += f" The rows that need no training were measured later: {later}."
         tables += [table for table in (found["videos"], found["learned"]) if table]
     write_markdown(out / "sla_demo.md", "SLA on the built-in model", text, *tables)
 
