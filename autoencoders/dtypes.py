@@ -33,3 +33,15 @@ def resolve_dtype(value: Any, argument: str = "dtype") -> Any:
     if name not in _NAMES:
         raise ValueError(f"{argument}={value!r} is no dtype: give one of {', '.join(_NAMES)}, or torch's own.")
     return getattr(torch, name)
+
+
+def computing_dtype(value: Any, argument: str = "dtype") -> torch.dtype | None:
+    """A dtype that layers compute in, which may be given by name; None where none is given.
+
+    Raises:
+        ValueError: a name that is no dtype's, or what layers do not compute in, such as int8.
+    """
+    dtype = resolve_dtype(value, argument)
+    if dtype is not None and dtype not in [getattr(torch, name) for name in _NAMES]:
+        raise ValueError(f"{argument} is {dtype!r}, in which layers do not compute: give one of {', '.join(_NAMES)}.")
+    return dtype

@@ -11,9 +11,10 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
 from ...attention.timing import Span
-from ...autoencoders.dtypes import resolve_dtype
+from ...autoencoders.dtypes import computing_dtype
 from ...autoencoders.tiny import TinyVideoDecoder, frames_of, to_transformer
 from ..acceleration.copies import CopiedNotPickled
+from ..acceleration.families import unwrap
 from ..removed import refuse_removed
 from ..replaced import was_replaced
 from ..undo import TINY_DECODER
@@ -78,7 +79,7 @@ class TinyDecoder:
                 f"the autoencoder of this {type(pipe).__name__} has a tiny decoder already: call remove() on its "
                 "handle first."
             )
-        self._vae: Any = pipe.vae
+        self._vae: Any = unwrap(pipe.vae)
         transformer = getattr(pipe, "transformer", None) or getattr(pipe, "transformer_2", None)
         own = getattr(transformer, "dtype", torch.float32)
         # Weakly: a copy of the autoencoder alone would take along the pipeline.
@@ -169,7 +170,7 @@ def tiny_decoder(
         TinyDecoderError: a decoder that cannot be read, one of another autoencoder, or a `dtype` for one that is
             compiled or has hooks and computes in another.
         RuntimeError: the autoencoder has a tiny decoder already.
-        ValueError: a dtype whose name is unknown.
+        ValueError: a dtype whose name is unknown, or in which layers do not compute, such as int8.
     """
-    chosen = resolve_dtype(dtype)
+    chosen = computing_dtype(dtype)
     return TinyDecoder(pipe, find_decoder(pipe, source), chosen)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...autoencoders.checkpoint_file import CheckpointError, variant_in
 from ...autoencoders.tiny import KNOWN, TinyVideoDecoder, channels_of, compression_of, read_tiny
+from ..acceleration.families import unwrap
 from ..locations import is_hub_id
+from ..plain_content import object_in
 from ..run_folder import SETTINGS, taken
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,13 @@ def find_decoder(pipe: Any, source: str | Path | TinyVideoDecoder | None) -> tup
         TinyDecoderError: what it is that cannot be, and why.
     """
     vae = _autoencoder(pipe)
-    if isinstance(source, TinyVideoDecoder):
+    # `torch.compile` wraps a decoder in a class of its own.
+    if isinstance(source, torch.nn.Module):
+        if not isinstance(unwrap(source), TinyVideoDecoder):
+            raise TinyDecoderError(
+                f"a {type(unwrap(source)).__name__} is no tiny decoder: give a TinyVideoDecoder, a file, a folder or a "
+                "hub id."
+            )
         decoder, name = source, "a tiny decoder"
     else:
         location = _own(pipe) if source is None else str(Path(source).expanduser())
@@ -79,7 +88,7 @@ def _told(channels: int, time: int, space: int) -> str:
 
 
 def _autoencoder(pipe: Any) -> Any:
-    vae = getattr(pipe, "vae", None)
+    vae = unwrap(getattr(pipe, "vae", None))
     if type(vae).__name__ not in KNOWN:
         held = "has no autoencoder" if vae is None else f"has an {type(vae).__name__}"
         raise TinyDecoderError(
@@ -148,7 +157,7 @@ def _folder_of(path: Path) -> Path:
     """The folder of a decoder, from it or from that of the training that made it, which is logged.
 
     Raises:
-        TinyDecoderError: it is neither.
+        TinyDecoderError: it is neither, or its config cannot be read.
     """
     if _holds_decoder(path):
         return path
@@ -170,5 +179,7 @@ def _holds_decoder(folder: Path) -> bool:
     config = folder / "config.json"
     if not config.is_file():
         return False
-    stated = json.loads(config.read_text(encoding="utf-8"))
-    return isinstance(stated, dict) and stated.get("_class_name") == TinyVideoDecoder.__name__
+    try:
+        return object_in(config).get("_class_name") == TinyVideoDecoder.__name__
+    except (OSError, ValueError) as error:
+        raise TinyDecoderError(f"{config} cannot be read: {error}") from error

@@ -14,7 +14,7 @@ from tiny_decoders import decoder_for
 from vidaccel import demo, tiny_decoder
 from vidaccel.autoencoders.tiny import compression_of, frames_of, to_transformer
 from vidaccel.pipelines.tiny_decoder import TinyDecoderError
-from vidaccel.pipelines.undo import TINY_DECODER
+from vidaccel.pipelines.undo import TINY_DECODER, restore
 
 PIPELINES = {
     "wan": wan_kin.wan,
@@ -123,6 +123,15 @@ def test_its_dtype_may_be_a_name():
         tiny_decoder(pipe, decoder_for(pipe.vae), dtype="bf16")
 
 
+@pytest.mark.parametrize("dtype", (torch.int8, torch.float8_e4m3fn, torch.complex64, 8))
+def test_a_dtype_that_layers_do_not_compute_in_is_refused_before_the_steps(dtype):
+    """It ended the run with torch's words once all steps were made."""
+    pipe = wan_kin.wan()
+    with pytest.raises(ValueError, match=f"dtype is {dtype}, in which layers do not compute: give one of float32"):
+        tiny_decoder(pipe, decoder_for(pipe.vae), dtype=dtype)
+    assert not hasattr(pipe.vae, TINY_DECODER)
+
+
 def _compiled(decoder):
     decoder.compile(backend="eager")
 
@@ -154,6 +163,33 @@ def test_one_that_is_compiled_or_hooked_computes_as_it_is(prepare):
     with pytest.raises(TinyDecoderError, match=r"dtype is torch\.bfloat16, .* computes in torch\.float32: leave dtype"):
         tiny_decoder(pipe, decoder, dtype="bfloat16")
     assert not hasattr(pipe.vae, TINY_DECODER) and "decode" not in pipe.vae.__dict__
+
+
+def test_what_torch_compile_wraps_is_looked_through():
+    """A decoder in such a wrapper was taken for a path, and an autoencoder in one for none that is known."""
+    pipe = wan_kin.wan()
+    decoder = decoder_for(pipe.vae)
+    with tiny_decoder(pipe, decoder):
+        wanted = made(pipe)
+    wrapped = torch.compile(decoder, backend="eager")
+    with tiny_decoder(pipe, wrapped) as handle:
+        assert torch.equal(made(pipe), wanted) and handle._decode.decoder is wrapped
+    vae = pipe.vae
+    pipe.vae = torch.compile(vae, backend="eager")
+    with tiny_decoder(pipe, decoder) as handle:
+        assert torch.equal(made(pipe), wanted) and "was replaced" not in handle.notes()[0]
+        restore(pipe)
+    assert "decode" not in vae.__dict__ and not hasattr(vae, TINY_DECODER)
+    with pytest.raises(TinyDecoderError, match="a Linear is no tiny decoder: give a TinyVideoDecoder, a file"):
+        tiny_decoder(pipe, torch.compile(torch.nn.Linear(1, 1), backend="eager"))
+
+
+def test_a_config_that_is_no_object_of_json_is_named(tmp_path):
+    pipe = wan_kin.wan()
+    for text, problem in (("{", "Expecting"), ("[1]", "it must be an object, and is a list"), ("[" * 99999, "deeply")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(TinyDecoderError, match=rf"config\.json cannot be read: .*{problem}"):
+            tiny_decoder(pipe, tmp_path)
 
 
 def test_what_was_in_the_place_of_decode_comes_back():
