@@ -76,6 +76,7 @@ class PhaseState:
             random: the states of this process's random generators after `step`.
         """
         keep, scaler, ema = self.accelerator.is_main_process, self.accelerator.scaler, self.ema
+        optimizer = self.optimizer.optimizer.state_dict()
         return Checkpoint(
             phase=self.phase,
             step=self.step,
@@ -85,7 +86,8 @@ class PhaseState:
             weights=whole(self.named, keep),
             ema=ema.whole(keep) if ema is not None else {},
             state={
-                "optimizer": whole(self.optimizer.optimizer.state_dict(), keep),
+                "optimizer": whole(optimizer, keep),
+                "moments": _moments(optimizer),
                 "ema_steps": ema.steps if ema is not None else 0,
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 "validation_due": self.validation_due,
@@ -99,7 +101,7 @@ class PhaseState:
         """Bring a phase that was just built to the state of a checkpoint.
 
         Raises:
-            CheckpointError: it is of another model, or of a version with another weight decay.
+            CheckpointError: it is of another model, of a version with another weight decay, or lacks moments.
         """
         if set(checkpoint.weights) != set(self.named):
             odd = sorted(set(checkpoint.weights) ^ set(self.named))
@@ -113,6 +115,13 @@ class PhaseState:
         if lacking := {"optimizer", "ema_steps"} - set(checkpoint.state):
             raise CheckpointError(f"the checkpoint lacks the state of {min(lacking)}: resume from an earlier one.")
         inner = self.optimizer.optimizer
+        # Checkpoints of before have no number, and loss scaling may have passed over all steps.
+        expected = checkpoint.state.get("moments", int(checkpoint.step > 0 and self.accelerator.scaler is None))
+        if (there := _moments(checkpoint.state["optimizer"])) < expected:
+            raise CheckpointError(
+                f"the checkpoint has {there} moments of its optimiser, and {expected} or more were written, so the run "
+                "would go on with others than it had: resume from an earlier one."
+            )
         _check_groups(checkpoint.state["optimizer"]["param_groups"], inner.param_groups)
         for name, parameter in self.named.items():
             copy_whole(parameter, checkpoint.weights[name])
@@ -132,6 +141,11 @@ class PhaseState:
             self.means.restore(logged)
         if len(checkpoint.random) == self.accelerator.num_processes:
             set_random_state(checkpoint.random[self.accelerator.process_index])
+
+
+def _moments(state: Mapping[str, Any]) -> int:
+    """How many moments and counts an optimiser keeps; of a parameter that no loss has reached yet it keeps none."""
+    return sum(len(entries) for entries in state["state"].values())
 
 
 def _check_groups(then: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:

@@ -154,6 +154,35 @@ def test_weights_of_another_shape_are_named(tmp_path, text_base, stop_after, mon
         run("lora", file, resume="latest")
 
 
+@pytest.mark.parametrize("optimizer", ("adamw", "muon"))
+def test_a_checkpoint_that_lacks_moments_is_refused(tmp_path, text_base, stop_after, monkeypatch, optimizer):
+    """The run went on with new ones without a word."""
+    file = write(tmp_path, text_base, train={"optimizer": optimizer}, validation={"prompts": [], "clips": 0})
+    stop_after(1)
+    with pytest.raises(Stopped):
+        run("lora", file)
+    load = CheckpointFolder.load
+
+    def without(spoil):
+        def loaded(self, path):
+            checkpoint = load(self, path)
+            spoil(checkpoint.state)
+            return checkpoint
+
+        monkeypatch.setattr(CheckpointFolder, "load", loaded)
+
+    def of_before(state):
+        del state["moments"]
+        state["optimizer"]["state"].clear()
+
+    for spoil in (lambda state: state["optimizer"]["state"].popitem(), of_before):
+        without(spoil)
+        with pytest.raises(CheckpointError, match=r"has \d+ moments of its optimiser, and \d+ or more were written"):
+            run("lora", file, resume="latest")
+    without(lambda state: state.pop("moments"))
+    assert run("lora", file, resume="latest")
+
+
 def test_a_checkpoint_with_this_weight_decay_is_continued(tmp_path, text_base, stop_after):
     """Its learning rate, which the groups have too, may be another."""
     train = {"optimizer": "muon", "weight_decay": 0.5}
