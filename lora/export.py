@@ -6,7 +6,6 @@ precision, and the autoencoder beside the adapter. The built-in "demo-dc" was pa
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ def export_adapter(run: Path, target: Path) -> Path:
     Raises:
         FileNotFoundError: the run is not finished, or its autoencoder is gone.
         FileExistsError: `target` is there and no adapter.
+        ValueError: adapter.json of the run, or config.json of its autoencoder, cannot be read.
     """
     import torch
     from diffusers import AutoencoderDC
@@ -31,21 +31,25 @@ def export_adapter(run: Path, target: Path) -> Path:
 
     from ..autoencoders import AutoencoderDCV
     from ..autoencoders.checkpoint_file import variant_in
-    from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE
+    from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, read_facts
     from ..pipelines.json_files import write_json
+    from ..pipelines.plain_content import object_in
     from .backbones.folders import write_model
     from .checkpoint import replaced, save_tensors
 
     source = run / "adapter"
     if not (source / FACTS_FILE).is_file():
         raise FileNotFoundError(f"{source} holds no {FACTS_FILE}: let the run of ae_adapt come to its end first.")
-    facts = json.loads((source / FACTS_FILE).read_text(encoding="utf-8"))
+    facts = read_facts(source)
     if target.exists() and not (target / FACTS_FILE).is_file():
         raise FileExistsError(f"{target} exists and is no adapter (no {FACTS_FILE}): give another name, or delete it.")
     place = run / "pipeline" / "vae"
     if not (place / "config.json").is_file():
         raise FileNotFoundError(f"{place} holds no autoencoder (config.json): put the whole of the run together again.")
-    of_images = json.loads((place / "config.json").read_text(encoding="utf-8")).get("_class_name") == "AutoencoderDC"
+    try:
+        of_images = object_in(place / "config.json").get("_class_name") == "AutoencoderDC"
+    except ValueError as error:
+        raise ValueError(f"{place / 'config.json'} cannot be read: {error}") from error
     cls = AutoencoderDC if of_images else AutoencoderDCV
     vae = cls.from_pretrained(place, dtype=torch.float16, variant=variant_in(place))
     with replaced(target) as draft:
@@ -68,7 +72,7 @@ def main(
     """Pack adapter and autoencoder in half precision."""
     try:
         export_adapter(run, target)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from None
     size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())

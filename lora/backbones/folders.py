@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from ...autoencoders.checkpoint_file import variant_in
 from ...autoencoders.file_modes import as_new_files
 from ...pipelines.json_files import write_json
 from ...pipelines.locations import is_hub_id
+from ...pipelines.plain_content import object_in
 from ...pipelines.quiet_logs import only_logs
 from ...pipelines.run_folder import NoAdapter, autoencoder_path, model_path
 from ...pipelines.weight_files import transformer_files, transformer_tensors
@@ -193,7 +193,7 @@ def write_pipeline(
         if autoencoder is not None:
             _copy_model(autoencoder, draft / "vae")
         file = draft / "model_index.json"
-        content = json.loads(file.read_text(encoding="utf-8")) | {name: index[name] for name in there}
+        content = object_in(file) | {name: index[name] for name in there}
         write_json(file, content)
         forget_paths(draft)
 
@@ -230,8 +230,11 @@ def _without_variant(folder: Path) -> None:
         return
     for file in sorted(folder.glob("diffusion_pytorch_model*")):
         if file.suffix == ".json":
-            content = json.loads(file.read_text(encoding="utf-8"))
-            places = {key: name.replace(f".{variant}", "", 1) for key, name in content["weight_map"].items()}
+            try:
+                content = object_in(file)
+                places = {key: name.replace(f".{variant}", "", 1) for key, name in content["weight_map"].items()}
+            except (ValueError, KeyError, AttributeError) as error:
+                raise OSError(f"{folder.name}/{file.name} cannot be read as an index of weights: {error!r}") from error
             write_json(file, {**content, "weight_map": places})
         file.rename(folder / file.name.replace(f".{variant}", "", 1))
 
@@ -239,6 +242,9 @@ def _without_variant(folder: Path) -> None:
 def forget_paths(folder: Path) -> None:
     """Remove where the parts were loaded from, which diffusers and transformers write into their configs."""
     for file in folder.rglob("*.json"):
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+        try:
+            content = object_in(file)
+        except ValueError:  # a copy of what else a base holds; nobody has written a place into it
+            continue
+        if content.pop("_name_or_path", None) is not None:
             write_json(file, content)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file
 
@@ -17,6 +18,7 @@ from vidaccel.lora.backbones import wan_encoding
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError, build, read
 from vidaccel.lora.export import export_adapter
+from vidaccel.lora.export import main as export_main
 from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.launch import config_folder
 from vidaccel.lora.recipes.ae_adapt import AEAdapt, AEAdaptSettings, on_one_grid
@@ -335,6 +337,19 @@ def test_a_folder_that_is_no_adapter_is_not_replaced(finished, tmp_path):
     with pytest.raises(FileExistsError, match="exists and is no adapter"):
         export_adapter(finished[0] / "run", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter.json", "pipeline/vae/config.json"])
+def test_a_run_with_a_file_that_is_no_json_is_not_packed(finished, tmp_path, capsys, name):
+    shutil.copytree(finished[0] / "run", tmp_path / "run")
+    for text, problem in (("{", "Expecting"), ("[]", "it must be an object, and is a list")):
+        (tmp_path / "run" / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"run/{name} cannot be read: {problem}"):
+            export_adapter(tmp_path / "run", tmp_path / "small")
+        with pytest.raises(typer.Exit):
+            export_main(tmp_path / "run", tmp_path / "small")
+        assert f"{name} cannot be read: {problem}" in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
 
 
 def test_validation_that_cannot_be_written_does_not_end_the_run(tmp_path, text_base, autoencoder_folder, caplog):

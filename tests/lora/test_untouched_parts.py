@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from lora_runs import recipe, write
 
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.lora.backbones.base import ModelOptions
-from vidaccel.lora.backbones.folders import write_pipeline
+from vidaccel.lora.backbones.folders import _without_variant, write_pipeline
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.backbones.wan_own import WanModel
 from vidaccel.pipelines.deep_compression.text_to_video import DCVideoGenPipeline
@@ -71,6 +72,27 @@ def test_an_autoencoder_of_which_there_is_a_variant_alone(tmp_path, text_base, a
     vae = DCVideoGenPipeline.from_pretrained(tmp_path / "pipeline").vae.state_dict()
     assert all(torch.equal(value.float(), vae[name].float()) for name, value in half.state_dict().items())
     assert len(list((tmp_path / "pipeline" / "vae").iterdir())) == len(list((tmp_path / "fp16").iterdir()))
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xef\xbb\xbf{}", b"{", b"[" * 99999, b"\xff"], ids=["mark", "cut", "deep", "bytes"]
+)
+def test_a_file_of_a_base_that_no_reader_of_json_takes_is_copied(tmp_path, text_base, content):
+    """It ended a training when all steps were made."""
+    base = tmp_path / "base"
+    shutil.copytree(text_base, base)
+    (base / "tokenizer" / "more.json").write_bytes(content)
+    backbone = WanModel(str(base), ModelOptions())
+    backbone.save(backbone.transformer(), tmp_path / "pipeline")
+    assert (tmp_path / "pipeline" / "tokenizer" / "more.json").read_bytes() == content
+
+
+@pytest.mark.parametrize(("text", "problem"), [("[]", "it must be an object, and is a list"), ("{}", "weight_map")])
+def test_an_index_of_weights_that_is_none_is_named(tmp_path, text, problem):
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.fp16.json").write_text(text)
+    with pytest.raises(OSError, match=rf"index\.fp16\.json cannot be read as an index of weights: .*{problem}"):
+        _without_variant(tmp_path)
 
 
 def test_a_base_of_the_hub_is_fetched_for_it(tmp_path, text_base, monkeypatch):
