@@ -6,6 +6,7 @@ classes complain on import, and text to video has no use for them.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch.nn import functional
 from ...autoencoders import AutoencoderDCV
 from .canvas import Canvas
 from .constructor import constructor_of
+from .given_latents import check_finite
 from .outputs import check_output
 from .text_to_video import DCVideoGen, videos_of
 
@@ -61,16 +63,25 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
                 the picture is repeated outwards.
             last_image: with which the video ends; one, or as many as of `image`. The published weights were not trained
                 with one.
+            image_embeds: states of the image encoder, as `encode_image` gives them, `[B, N, D]`, for the pictures of
+                `image` and then those of `last_image`; they are given beside these, which the autoencoder encodes.
 
         Raises:
             ValueError: sizes under 1, an unknown `output_type`, images of other shapes or numbers, not as many as
-                prompts, a `last_image` for a model that does not take one, or what `WanImageToVideoPipeline` refuses.
+                prompts, a `last_image` for a model that does not take one, `image_embeds` without `image` or for other
+                pictures, latents or embeddings that are not finite, or what `WanImageToVideoPipeline` refuses.
         """
         check_output(output_type)
         image, last_image = _coloured(image, "image"), _coloured(last_image, "last_image")
         videos = videos_of(prompt, kwargs)
         canvas = self._canvas(num_frames, height, width, videos, output_type != "latent")
+        if image is None:
+            raise ValueError(
+                "image is None: the transformer sees the picture itself beside the noise, so give it, also beside "
+                "image_embeds."
+            )
         self._check_images(_count(image), _count(last_image), videos)
+        self._check_states(kwargs.get("image_embeds"), _count(image) + _count(last_image))
         transformers = [model for model in (self.transformer, self.transformer_2) if model is not None]
         with self._pictures_on(canvas), one_state_a_video(transformers, _count(image), _count(last_image)):
             output = super().__call__(
@@ -108,6 +119,25 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
                 "The transformer looks at one image: leave last_image out, or load a model that takes two."
             )
 
+    def _check_states(self, states: Any, pictures: int) -> None:
+        """Refuse states of the image encoder that are not those of so many pictures.
+
+        Raises:
+            ValueError: see `__call__`.
+        """
+        if states is None:
+            return
+        width = None if self.transformer is None else self.transformer.config.image_dim
+        if width is None:
+            raise ValueError("The transformer does not look at states of an image encoder: leave image_embeds out.")
+        shape = list(states.shape) if isinstance(states, torch.Tensor) else type(states).__name__
+        if not isinstance(shape, list) or len(shape) != 3 or (shape[0], shape[2]) != (pictures, width):
+            raise ValueError(
+                f"image_embeds is {shape}: give a tensor [{pictures}, N, {width}], the states of each picture, as "
+                "encode_image makes them."
+            )
+        check_finite("image_embeds", states)
+
     @contextmanager
     def _pictures_on(self, canvas: Canvas) -> Iterator[None]:
         """While this is open, pictures that the autoencoder encodes are put on a canvas."""
@@ -119,9 +149,11 @@ class DCVideoGenImageToVideoPipeline(DCVideoGen, WanImageToVideoPipeline):
             self.video_processor = usual
 
     def check_inputs(self, prompt: Any, negative_prompt: Any, image: Any, *args: Any, **kwargs: Any) -> None:
-        """diffusers refuses lists and arrays here, which it can do."""
-        stand_in = None if image is None else torch.empty(0)
-        super().check_inputs(prompt, negative_prompt, stand_in, *args, **kwargs)
+        """diffusers refuses lists and arrays here, which it can do, and pictures beside their states, without which it
+        cannot do anything."""
+        inputs = inspect.signature(super().check_inputs).bind(prompt, negative_prompt, image, *args, **kwargs).arguments
+        beside_states = image is None or inputs.get("image_embeds") is not None
+        super().check_inputs(**{**inputs, "image": None if beside_states else torch.empty(0)})
 
     def encode_image(self, image: Any, device: torch.device | None = None) -> torch.Tensor:
         """States of the image encoder, `[B, N, D]`.

@@ -37,7 +37,7 @@ from .adapted import load_adapted, own_base
 from .adapted_images import FLUX, SANA
 from .adapter_folder import AdapterError, is_adapter, is_of_pictures, read_facts
 from .canvas import Canvas
-from .given_latents import check_latents
+from .given_latents import FiniteEmbeddings, check_latents
 from .outputs import ToldPictures, ToldSanaPictures, check_output, processor_for
 from .published_files import hub_options, read_json
 
@@ -89,7 +89,7 @@ def _cropped(images: Any, canvas: Canvas) -> Any:
     return canvas.crop(images[:, None])[:, 0]
 
 
-class DCGenFluxPipeline(FluxPipeline):
+class DCGenFluxPipeline(FiniteEmbeddings, FluxPipeline):
     """FLUX with `AutoencoderDC`: each latent pixel (32x32 or 64x64 pixels) is a token, without the packing of 2x2."""
 
     # The parent counts two latent pixels a token: half the factor gives one token a latent pixel, of all channels.
@@ -147,8 +147,8 @@ class DCGenFluxPipeline(FluxPipeline):
             latents: noise, as "latent" gives latents or as tokens, `[B, H/f * W/f, C]`.
 
         Raises:
-            ValueError: sizes under 1, an unknown `output_type`, latents of another shape or that are not finite, or
-                parts that do not belong together.
+            ValueError: sizes under 1, an unknown `output_type`, latents of another shape, latents or embeddings that
+                are not finite, or parts that do not belong together.
         """
         check_output(output_type)
         canvas = _canvas(self, height, width, _transformer(self).out_channels)
@@ -192,7 +192,7 @@ class DCGenFluxPipeline(FluxPipeline):
         )
 
 
-class DCGenSanaPipeline(SanaPipeline):
+class DCGenSanaPipeline(FiniteEmbeddings, SanaPipeline):
     """SANA with a deeper `AutoencoderDC` (f64c128) than its own (f32c32), at any size."""
 
     image_processor: PixArtImageProcessor
@@ -219,8 +219,8 @@ class DCGenSanaPipeline(SanaPipeline):
             use_resolution_binning: off, since it would make another size and scale the picture.
 
         Raises:
-            ValueError: sizes under 1, an unknown `output_type`, latents of another shape or that are not finite, or
-                parts that do not belong together.
+            ValueError: sizes under 1, an unknown `output_type`, latents of another shape, latents or embeddings that
+                are not finite, or parts that do not belong together.
         """
         check_output(output_type)
         canvas = _canvas(self, height, width, _transformer(self).config.out_channels, multiple=32)

@@ -20,7 +20,7 @@ from ...autoencoders.memory import decoding_bytes, default_tile, memory_to_decod
 from ..undo import TINY_DECODER
 from .canvas import Canvas
 from .constructor import constructor_of
-from .given_latents import check_latents
+from .given_latents import FiniteEmbeddings, check_latents
 from .outputs import ToldVideo, check_output, processor_for
 from .published import PublishedLayoutMixin
 
@@ -34,7 +34,7 @@ def videos_of(prompt: Any, options: Mapping[str, Any]) -> int:
     return prompts * options.get("num_videos_per_prompt", 1)
 
 
-class DCVideoGen(PublishedLayoutMixin):
+class DCVideoGen(FiniteEmbeddings, PublishedLayoutMixin):
     """What both pipelines have in common: any size, made on a canvas that the model can do and cropped."""
 
     video_processor: VideoProcessor
@@ -193,7 +193,8 @@ class DCVideoGenPipeline(DCVideoGen, WanPipeline):
             output_type: "latent" gives `[B, C, T/4, H/f, W/f]` of the canvas, uncropped and scaled.
 
         Raises:
-            ValueError: sizes under 1, an unknown `output_type`, or what `WanPipeline` refuses.
+            ValueError: sizes under 1, an unknown `output_type`, latents or embeddings that are not finite, or what
+                `WanPipeline` refuses.
         """
         check_output(output_type)
         canvas = self._canvas(num_frames, height, width, videos_of(prompt, kwargs), output_type != "latent")

@@ -87,7 +87,7 @@ def generate_dc(pipe, frames: int = 8, height: int = 32, width: int = 64, prompt
     embeds = torch.randn(2, 1, 6, 16, generator=torch.Generator().manual_seed(9)).expand(-1, prompts, -1, -1)
     options = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(seed), "output_type": "pt", **more}
     if "prompt" not in more:
-        options |= {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1]}
+        options = {"prompt_embeds": embeds[0], "negative_prompt_embeds": embeds[1], **options}
     return pipe(height=height, width=width, num_frames=frames, **options).frames
 
 

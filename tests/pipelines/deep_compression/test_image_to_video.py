@@ -154,6 +154,32 @@ def test_an_image_encoder_is_used():
         torch.testing.assert_close(states, wanted)
 
 
+def test_states_of_the_image_encoder_may_be_given_beside_the_picture():
+    """diffusers refuses them with the picture, and fails without it."""
+    transformer = make_dc_transformer(image=True, image_dim=80, pos_embed_seq_len=10)
+    pipe = make_dc_pipe(DCVideoGenImageToVideoPipeline, transformer=transformer, **make_clip())
+    both = {"image": make_picture(), "last_image": make_picture(seed=1)}
+    wanted, states = generate_dc(pipe, **both), pipe.encode_image(list(both.values()))
+    pipe.image_encoder = None
+    torch.testing.assert_close(generate_dc(pipe, **both, image_embeds=states), wanted)
+    for wrong, words in (
+        (states[:1], r"image_embeds is \[1, 5, 80\]: give a tensor \[2, N, 80\], the states of each picture"),
+        (states[..., 1:], r"image_embeds is \[2, 5, 79\]: give"),
+        (states.numpy(), "image_embeds is ndarray: give a tensor"),
+        (states / 0, "image_embeds has NaN or infinite values"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            generate_dc(pipe, **both, image_embeds=wrong)
+
+
+def test_states_of_the_image_encoder_alone_are_refused(image_pipe):
+    states = torch.zeros(1, 5, 80)
+    with pytest.raises(ValueError, match="image is None: the transformer sees the picture itself .* image_embeds"):
+        generate_dc(image_pipe, image=None, image_embeds=states)
+    with pytest.raises(ValueError, match="does not look at states of an image encoder: leave image_embeds out"):
+        generate_dc(image_pipe, image_embeds=states)
+
+
 def test_the_image_is_encoded_where_the_autoencoder_runs():
     """With model offloading the weights lie elsewhere until they are needed; "meta" stands for the accelerator."""
     vae = make_autoencoder(**DEEP)

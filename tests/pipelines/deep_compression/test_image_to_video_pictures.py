@@ -162,7 +162,7 @@ def test_pictures_that_do_not_fit_are_refused_before_anything_runs():
     pipe = make_dc_pipe(DCVideoGenImageToVideoPipeline)
     with pytest.raises(ValueError, match="There are 3 last images for 2 images"):
         generate_dc(pipe, 12, image=[picture] * 2, last_image=[picture] * 3, prompts=2)
-    with pytest.raises(ValueError, match="There are 0 images for 1 videos"):
+    with pytest.raises(ValueError, match="image is None: the transformer sees the picture itself"):
         generate_dc(pipe, 12, image=None)
 
 

@@ -267,3 +267,20 @@ def test_latents_are_taken_as_they_are_given_out(name):
     if name == "flux":
         with pytest.raises(ValueError, match=r"this picture takes tokens \[1, 96, 8\]: \[pictures, rows \* columns"):
             generate(pipe, latents=torch.zeros(1, 95, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        ("flux", "prompt_embeds"),
+        ("flux", "pooled_prompt_embeds"),
+        ("sana", "prompt_embeds"),
+        ("sana", "negative_prompt_embeds"),
+    ],
+)
+def test_embeddings_that_are_not_finite_are_refused_before_the_steps(name, argument):
+    pipe = pipeline(name)
+    pipe.transformer.forward = None
+    embeds = torch.full((1, 10) if argument == "pooled_prompt_embeds" else (1, 6, 12), float("inf"))
+    with pytest.raises(ValueError, match=f"^{argument} has NaN or infinite values, of which nothing is made"):
+        generate(pipe, **{argument: embeds})

@@ -273,6 +273,19 @@ def test_latents_of_another_shape_are_refused(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("name", ("prompt_embeds", "negative_prompt_embeds"))
+def test_embeddings_that_are_not_finite_are_refused_before_the_steps(cls, name):
+    """Of one NaN all frames were NaN, once all steps were made."""
+    pipe = make_dc_pipe(cls)
+    pipe.transformer.forward = None
+    for value in (float("nan"), float("inf")):
+        embeds = torch.zeros(1, 6, 16)
+        embeds[0, 2, 3] = value
+        with pytest.raises(ValueError, match=f"^{name} has NaN or infinite values, of which nothing is made"):
+            generate_dc(pipe, **{name: embeds})
+
+
+@pytest.mark.parametrize("cls", CLASSES)
 def test_the_transformer_of_the_other_task_is_refused(cls):
     other = make_dc_transformer(image=cls is DCVideoGenPipeline)
     wanted = "takes 12 channels.*needs one that takes 4 " if cls is CLASSES[0] else "takes 4 .*needs one that takes 12 "
