@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..pipelines.errors import few_of
 from .checkpoint import Checkpoint, CheckpointError, Tensors, set_random_state
 from .ema import EMA
 from .sharding import copy_whole, optimizer_state, whole
@@ -105,7 +106,7 @@ class PhaseState:
         """
         if set(checkpoint.weights) != set(self.named):
             odd = sorted(set(checkpoint.weights) ^ set(self.named))
-            raise CheckpointError(f"the checkpoint has other parameters than this model: {', '.join(odd[:3])}, ...")
+            raise CheckpointError(f"the checkpoint has other parameters than this model: {few_of(odd)}.")
         for what, tensors in ("", checkpoint.weights), ("the average of ", checkpoint.ema):
             for name in self.named if tensors else ():
                 then = None if name not in tensors else list(tensors[name].shape)

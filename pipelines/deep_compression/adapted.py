@@ -12,7 +12,7 @@ from diffusers import WanTransformer3DModel
 from torch import nn
 
 from ...autoencoders.checkpoint_file import variant_in
-from ..errors import first_line
+from ..errors import few_of, first_line
 from ..locations import is_hub_id, named_autoencoder
 from ..weight_files import stated_config, transformer_files
 from .adapter_folder import (
@@ -151,10 +151,9 @@ def _load_lora(transformer: Any, file: Path) -> None:
         ("has layers that the transformer does not:", stored - put),
     ):
         if found:
-            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise AdapterError(
-                f"{file} {problem} {min(found)}{more}: it was not written as a whole, or is of another model; write or "
-                "download the adapter again."
+                f"{file} {problem} {few_of(sorted(found))}: it was not written as a whole, or is of another model; "
+                "write or download the adapter again."
             )
 
 
