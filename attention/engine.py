@@ -99,7 +99,7 @@ class SparseAttention:
         self._checks = CallChecks(self.method, self.backend, self._formats)
         self._logged: set[str] = set()  # kinds of notes, which a training forgets at every step
         self._passes = PassPlans()
-        self._entered_with_gradients = False
+        self._frozen, self._entered_with_gradients = False, False
         self.reset()
 
     def reset(self) -> None:
@@ -134,7 +134,7 @@ class SparseAttention:
         self.__dict__.update(state)
         self.forget()
 
-    def enter(self, step: StepInfo, *layouts: VideoLayout, dense: bool = False) -> None:
+    def enter(self, step: StepInfo, *layouts: VideoLayout, dense: bool = False, frozen: bool = False) -> None:
         """Say where the following calls are: once per forward pass of the model.
 
         Args:
@@ -143,6 +143,8 @@ class SparseAttention:
                 layout says that the sequence is not known: then all calls stay dense.
             dense: every call of the pass will say that it must stay dense, so the method need not be able to do the
                 layouts. Nor need it where the schedule leaves nothing sparse.
+            frozen: nothing that the pass is made of wants a gradient, so no backward pass will come, even where torch
+                would record it.
 
         Raises:
             ValueError: the method cannot do what it is set to on this layout.
@@ -170,7 +172,7 @@ class SparseAttention:
         for old in list(self._fitting)[: -kept_layouts(len(layouts))]:
             del self._fitting[old]
         self.step, self.layouts = step, layouts
-        self._entered_with_gradients = torch.is_grad_enabled()
+        self._frozen, self._entered_with_gradients = frozen, torch.is_grad_enabled() and not frozen
 
     @property
     def with_gradients(self) -> bool:
@@ -179,17 +181,20 @@ class SparseAttention:
         Reentrant gradient checkpointing switches gradients off around each layer, and runs it again with them: what
         counts is how the forward pass began.
         """
-        return self._entered_with_gradients or torch.is_grad_enabled()
+        return self._entered_with_gradients or (torch.is_grad_enabled() and not self._frozen)
 
     def pass_again(self) -> Callable[[], None]:
         """What brings the forward pass that was entered last back, with the plans that its gradients need.
 
         Gradient checkpointing runs layers again in the backward pass, when other forward passes may have come since.
         """
-        entered, bring_back = (self.step, self.layouts, self._entered_with_gradients), self._passes.again()
+        entered, bring_back = (
+            (self.step, self.layouts, self._frozen, self._entered_with_gradients),
+            self._passes.again(),
+        )
 
         def again() -> None:
-            self.step, self.layouts, self._entered_with_gradients = entered
+            self.step, self.layouts, self._frozen, self._entered_with_gradients = entered
             bring_back()
 
         return again
@@ -399,7 +404,7 @@ class SparseAttention:
             plan = self.method.plan(q, k, v, layout, memory)
         if self._is_own:
             self._check_plan(plan, layout)
-        if self.with_gradients:
+        if self.with_gradients or wants_gradient(q, k, v):
             self._passes.keep(key, plan if plan.coarse is None else replace(plan, coarse=None))
         return plan
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 
 @contextlib.contextmanager
@@ -20,6 +23,15 @@ def normal_tensors() -> Iterator[None]:
 def wants_gradient(*tensors: torch.Tensor) -> bool:
     """Whether gradients are recorded, and flow to one of these."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def may_have_gradients(module: torch.nn.Module, given: Any) -> bool:
+    """Whether a forward pass of a module may have a backward pass: gradients are recorded, and a parameter or a tensor
+    of what it is given, in whatever containers, wants one."""
+    if not torch.is_grad_enabled():
+        return False
+    leaves = (x for x in tree_leaves(given) if isinstance(x, torch.Tensor))
+    return any(x.requires_grad for x in itertools.chain(module.parameters(), leaves))
 
 
 def transform_of(*tensors: torch.Tensor) -> str | None:

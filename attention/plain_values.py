@@ -29,3 +29,9 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     return str(value)
+
+
+def of_python(value: object) -> str:
+    """What to do where a number is refused because it is one of numpy or torch, as the end of a message; else empty."""
+    foreign = callable(getattr(value, "item", None)) and not isinstance(value, int | float)
+    return f" It is a {type(value).__name__}: give a number of Python, as its item() is." if foreign else ""

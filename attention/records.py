@@ -60,9 +60,12 @@ class CallRecord:
 
     @property
     def predicted_error(self) -> float | None:
-        """What the method itself expected of `error`, the mean over the batch; None where it expects nothing."""
+        """What the method itself expected of `error`; None where it expects nothing.
+
+        Of a batch the root of the mean square, as `error` is where the outputs of its samples have one norm.
+        """
         predicted = self.details.get("predicted_error")
-        return None if predicted is None else float(np.mean(predicted))
+        return None if predicted is None else float(np.sqrt(np.mean(np.square(predicted))))
 
     @property
     def own_error(self) -> float | None:

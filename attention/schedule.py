@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from .plain_values import of_python
+
 OTHERWISE = "give DenseSchedule whole numbers for another choice"
 """What a remark ends with, for who can."""
 _UNKNOWN = (
@@ -70,6 +72,7 @@ class DenseSchedule:
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
                 raise ValueError(
                     f"DenseSchedule.{name} is {value!r}: give a count (int >= 0) or a fraction (0.0 to 1.0)."
+                    f"{of_python(value)}"
                 )
             if isinstance(value, float) and value > 1:
                 raise ValueError(

@@ -17,7 +17,8 @@ import torch
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
-_pool: tuple[int, ThreadPoolExecutor] | None = None
+_pools: dict[int, ThreadPoolExecutor] = {}
+"""By how many threads they have: another thread of the user's may have set torch to another number."""
 _starting = threading.Lock()
 
 
@@ -65,11 +66,8 @@ def _may_leave_thread() -> bool:
 
 def _threads(count: int) -> ThreadPoolExecutor:
     """Threads of which each has one core for its operations."""
-    global _pool
     with _starting:
-        if _pool is None or _pool[0] != count:
-            if _pool is not None:
-                _pool[1].shutdown(wait=False)  # after the work that another thread may have given them
+        if count not in _pools:
             ready = threading.Barrier(count + 1)
 
             def one_core() -> None:
@@ -84,14 +82,15 @@ def _threads(count: int) -> ThreadPoolExecutor:
                 executor.submit(one_core)
             ready.wait()
             torch.set_num_threads(count)
-            _pool = count, executor
-        return _pool[1]
+            _pools[count] = executor
+        return _pools[count]
 
 
 def _forget() -> None:
     """A forked process has none of the threads, and may have the lock in any state."""
-    global _pool, _starting
-    _pool, _starting = None, threading.Lock()
+    global _starting
+    _pools.clear()
+    _starting = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

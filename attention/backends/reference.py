@@ -7,7 +7,7 @@ import torch
 from ..groups import group_product
 from ..plan import BlockPlan, permute, unpermute
 from ..runs import expand_runs
-from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability
+from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 
 
 class ReferenceBackend(Backend):
@@ -30,6 +30,8 @@ class ReferenceBackend(Backend):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, scale: float, return_lse: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if torch.is_autocast_enabled(q.device.type):
+            return without_autocast(self.attend, q, k, v, plan, scale, return_lse)
         wide = torch.promote_types(q.dtype, torch.float32)
         queries = permute(q, plan.q_order).to(wide) * scale
         keys, values = permute(k, plan.kv_order).to(wide), permute(v, plan.kv_order).to(wide)

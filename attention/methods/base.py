@@ -12,6 +12,7 @@ import torch
 
 from ..heads import ALL_HEADS, HeadShare
 from ..layout import VideoLayout
+from ..plain_values import of_python
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule, check_kind
 
@@ -234,13 +235,15 @@ def is_number(value: object) -> bool:
 def check_fraction(owner: str, name: str, value: float, *, fix: str) -> None:
     """Raise a `ValueError` unless `0 < value <= 1`."""
     if not is_number(value) or not 0 < value <= 1:
-        raise ValueError(f"{owner} {name} is {value!r}: it must be above 0 and at most 1; {fix}.")
+        raise ValueError(f"{owner} {name} is {value!r}: it must be above 0 and at most 1; {fix}.{of_python(value)}")
 
 
 def check_count(owner: str, name: str, value: int, least: int) -> None:
     """Raise a `ValueError` unless `value` is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.")
+        raise ValueError(
+            f"{owner} {name} is {value!r}: it must be a whole number of at least {least}.{of_python(value)}"
+        )
 
 
 def check_seed(owner: str, seed: int) -> None:

@@ -149,9 +149,9 @@ class LVSA(Method):
         interval = self.interval_of(layout.frames)
         turn = memory.counts.get("turn", 0) % interval if self.rotate else 0
         memory.counts["turn"] = turn + 1
-        if (self, turn) not in memory.layout:
-            memory.layout[self, turn] = self._plan_at(layout, turn).to(q.device).with_details(interval=interval)
-        return memory.layout[self, turn]
+        if (self, layout, turn) not in memory.layout:
+            memory.layout[self, layout, turn] = self._plan_at(layout, turn).to(q.device).with_details(interval=interval)
+        return memory.layout[self, layout, turn]
 
     @property
     def _nearest(self) -> int:

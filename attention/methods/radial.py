@@ -173,14 +173,14 @@ class Radial(Method):
                     f"Radial got {name} with {x.shape[-2]} tokens, but {layout} has {layout.tokens}; "
                     "pass the layout of this sequence."
                 )
-        if self not in memory.layout:
+        if (self, layout) not in memory.layout:
             block = self.resolved_block_size(layout)
             mask = self.block_mask(layout)
             plan = BlockPlan.from_block_mask(mask, block, block, layout.tokens, layout.tokens)
             if mask.all():
                 plan = BlockPlan.dense(layout.tokens, layout.tokens)
-            memory.layout[self] = plan.to(q.device).with_details(block_size=block)
-        return memory.layout[self]
+            memory.layout[self, layout] = plan.to(q.device).with_details(block_size=block)
+        return memory.layout[self, layout]
 
     @classmethod
     def for_density(  # type: ignore[override]  # its own settings by name

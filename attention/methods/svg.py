@@ -90,9 +90,9 @@ class SVG(Method):
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
-        if self not in memory.layout:
-            memory.layout[self] = _Static(self, layout, q.device)
-        static: _Static = memory.layout[self]
+        if (self, layout) not in memory.layout:
+            memory.layout[self, layout] = _Static(self, layout, q.device)
+        static: _Static = memory.layout[self, layout]
         calls = memory.counts.get("svg_calls", 0)
         memory.counts["svg_calls"] = calls + 1
         temporal = static.profile(q, k, v, calls % ROW_SETS)

@@ -112,9 +112,9 @@ class VSA(Method):
     def plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: VideoLayout, memory: PlanMemory
     ) -> BlockPlan:
-        if "vsa_cubes" not in memory.layout:  # of one layout and device, and an engine has one method
-            memory.layout["vsa_cubes"] = self._sizes(layout, q.device), self._order(layout, q.device)
-        sizes, order = memory.layout["vsa_cubes"]
+        if (self, layout) not in memory.layout:
+            memory.layout[self, layout] = self._sizes(layout, q.device), self._order(layout, q.device)
+        sizes, order = memory.layout[self, layout]
         scores = self._scores(q, k, layout)
         # The means again would cost `complete` as much as they cost here; but what is planned records no gradients.
         handed = self.gated and not any(x.requires_grad for x in (q, k, v))

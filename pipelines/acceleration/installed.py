@@ -13,6 +13,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ...attention import Method, SparseAttention, StepInfo, VideoLayout
+from ...attention.gradients import may_have_gradients
 from ...attention.methods.base import OutOfReach
 from ..break_even import Key, Limit, fixed, limit
 from ..few_steps.samplers import has_few_steps
@@ -165,7 +166,7 @@ class Installed(CopiedNotPickled):
             shared.check_tokens(layouts[0].tokens, self.name)
         if layouts and (remark := self._learned.remark(layouts[0].video_tokens)):
             self.engine.note(remark, logging.WARNING, step)
-        self.engine.enter(step, *layouts, dense=bool(dense))
+        self.engine.enter(step, *layouts, dense=bool(dense), frozen=not may_have_gradients(module, given))
         for site in self._sites.values():
             site.enter(trims=self.family.trims and not unknown, dense=dense, shared=shared)
 

@@ -23,6 +23,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
+import math
 import threading
 import types
 from collections.abc import Callable
@@ -216,7 +218,11 @@ class _Functional:
 
 def _plain(q: torch.Tensor, dropout_p: float, is_causal: bool, scale: float | None) -> bool:
     """Whether a call is the softmax attention that plans are for: every query may see every key."""
-    return not is_causal and dropout_p == 0.0 and (scale is None or scale == q.shape[-1] ** -0.5)
+    usual = scale is None or math.isclose(scale, q.shape[-1] ** -0.5, rel_tol=1e-6)  # as 1 / sqrt(D) differs in a bit
+    if not usual and not torch.compiler.is_compiling():
+        told = f"attention calls with a scale of their own ({scale:.4g} for heads of {q.shape[-1]}) stay dense"
+        _running.site.engine.note(told, logging.WARNING)
+    return not is_causal and dropout_p == 0.0 and usual
 
 
 def _call(

@@ -326,6 +326,14 @@ def test_under_autocast_the_output_has_the_dtype_of_the_queries(backend, grad):
         assert sparse_attention(q, k, v, PLANS["ragged"]()[0], backend=backend).dtype == torch.float32
 
 
+def test_autocast_rounds_nothing_within_the_oracle():
+    q, k, v = (x.bfloat16() for x in tokens())
+    plan, _ = PLANS["ragged"]()
+    alone = sparse_attention(q, k, v, plan, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sparse_attention(q, k, v, plan, backend="reference").equal(alone)
+
+
 def test_gather_keeps_no_more_copies_of_keys_than_threads(monkeypatch):
     """However many heads have tiles of their own: in long videos each is a share of k and v."""
     made = []

@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -568,3 +569,35 @@ def test_kernels_plan_where_they_can_run(monkeypatch, capability, dtype, channel
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
     monkeypatch.setattr(own_kernels, "_FOUND", True)
     assert own_kernels.use_kernels(torch.zeros(1, 1, 4, channels, dtype=dtype)) == runs
+
+
+def test_a_frozen_pass_keeps_no_plan_where_torch_records_gradients():
+    engine = make("tangent")
+    for frozen, inputs in ((True, tokens()), (False, tokens()), (True, [x.requires_grad_() for x in tokens()])):
+        engine.enter(StepInfo(num_steps=2), LAYOUT, frozen=frozen)
+        engine(*inputs, 0)
+        assert bool(engine._passes._plans) == (not frozen or inputs[0].requires_grad)
+
+
+@pytest.mark.parametrize("name", ["svg", "lvsa", "radial", "vsa", "svg2", "sparge"])
+def test_one_memory_for_two_layouts_of_one_length(name):
+    method, memory = untrained(name), PlanMemory()
+    for layout in (VideoLayout(4, 4, 8), VideoLayout(4, 8, 4)):
+        torch.manual_seed(0)
+        q, k, v = tokens(layout)
+        kept = replace(memory, call={}, counts={})
+        wanted = method.plan(q, k, v, layout, PlanMemory()).to_dense_mask()
+        assert method.plan(q, k, v, layout, kept).to_dense_mask().equal(wanted)
+
+
+def test_what_a_method_expects_of_a_batch_is_as_what_is_measured():
+    """Of two samples of one norm: the root of the mean square, not the mean."""
+    engine = make(Tangent(tolerance=0.1), measure_error=LAYOUT.tokens)
+    q, k, v = tokens(batch=2)
+    q[0] *= 3
+    engine.enter(StepInfo(num_steps=1), LAYOUT)
+    engine(q, k, v, 0)
+    (record,) = engine.report().records
+    each = torch.tensor(record.details["predicted_error"])
+    assert record.predicted_error == pytest.approx(each.square().mean().sqrt().item())
+    assert each.mean() < record.predicted_error < each.max()

@@ -7,6 +7,7 @@ import torch
 from plans import uniform
 
 from vidaccel import BlockPlan, sparse_attention
+from vidaccel.attention.gradients import may_have_gradients
 
 N = 150
 BACKENDS = ["reference", "gather", "masked"]
@@ -85,3 +86,12 @@ def test_transforms_are_made_or_refused(kind, backend):
         RuntimeError, match=r"torch\.func.* supported with the backend 'reference' alone, and with no plan"
     ):
         of(backend)
+
+
+@pytest.mark.parametrize("wants", ["nothing", "a parameter", "an input"])
+def test_a_pass_has_a_backward_pass_where_something_wants_a_gradient(wants):
+    layer, x = torch.nn.Linear(2, 2).requires_grad_(wants == "a parameter"), torch.zeros(2)
+    x.requires_grad_(wants == "an input")
+    assert may_have_gradients(layer, {"states": [x], "scale": 1.0}) == (wants != "nothing")
+    with torch.no_grad():
+        assert not may_have_gradients(layer, {"states": [x]})

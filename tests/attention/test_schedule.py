@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from vidaccel import DenseSchedule
+from vidaccel import DenseSchedule, Tangent
 from vidaccel.attention import StepInfo
 
 
@@ -130,3 +131,11 @@ def test_what_rounding_down_left_of_a_schedule_is_told():
     assert "4 steps, and the schedule's fractions keep 1 of them dense instead of 2" in DenseSchedule(0.3).remark(4)
     assert "keep none of them dense instead of 1" in DenseSchedule(0.2).remark(2)
     assert DenseSchedule(0.3).remark(50) == DenseSchedule(2).remark(4) == DenseSchedule(0.3).remark(None) == ""
+
+
+def test_numbers_of_other_libraries_are_told_apart():
+    for made in (lambda: DenseSchedule(first_steps=np.int64(2)), lambda: Tangent(density=np.float32(0.5))):
+        with pytest.raises(ValueError, match=r"It is a (int64|float32): give a number of Python, as its item\(\) is"):
+            made()
+    with pytest.raises(ValueError, match="must be above 0 and at most 1; [^:]*$"):
+        Tangent(density=2.0)

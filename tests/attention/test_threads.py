@@ -1,6 +1,7 @@
 """Pieces of work on threads of one core each."""
 
 import os
+import sys
 import threading
 
 import pytest
@@ -88,3 +89,26 @@ def test_a_forked_process_starts_its_own_threads():
             torch.set_num_threads(2)
             os._exit(0 if each(lambda x: x + 1, range(4)) == [1, 2, 3, 4] else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_two_threads_of_unlike_numbers_leave_each_others_threads_alone():
+    def turns(count, errors):
+        torch.set_num_threads(count)
+        try:
+            with torch.no_grad():
+                for _ in range(200):
+                    each(lambda x: x, range(4))
+        except RuntimeError as error:
+            errors.append(error)
+
+    errors, before = [], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        callers = [threading.Thread(target=turns, args=(count, errors)) for count in (2, 3, 2, 3)]
+        for caller in callers:
+            caller.start()
+        for caller in callers:
+            caller.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert not errors

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fast_set import fast
 from tiny_families import build
 
@@ -175,3 +177,29 @@ def test_the_compiled_operator_refuses_gradients_before_the_backward_pass(compil
         run(q)
     with torch.no_grad():
         assert run(q).shape == q.shape
+
+
+class Scaled:
+    """A processor of one's own, which gives the scale."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k, v = (part(hidden_states) for part in (attn.to_q, attn.to_k, attn.to_v))
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.factor / math.sqrt(q.shape[-1]))
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1 + 1e-9, 2.0])
+def test_a_scale_is_compared_as_numbers_are(factor):
+    """1 / sqrt(D) and D ** -0.5 differ in the last bit for D = 128."""
+    tiny = build("wan")
+    for block in tiny.model.blocks:
+        block.attn1.set_processor(Scaled(factor))
+    with accelerate(tiny.model, METHOD) as handle:
+        tiny.run()
+    report = handle.report()
+    assert bool(report.records) == (factor < 1.5)
+    assert any("a scale of their own" in note for note in report.notes) == (factor > 1.5)
