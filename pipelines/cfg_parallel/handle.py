@@ -73,14 +73,19 @@ class CfgParallel(HookedPipeline[SplitPasses | SplitBatch]):
                 hook = SplitBatch(pair, name, table)
             hooked[name] = (transformer, hook)
         super().__init__(pipe, hooked)
-        self._forecast(pair.most)
+        self._forecast(pair)
 
-    def _forecast(self, agree: Callable[[float, torch.device], float] | None) -> None:
-        """Have forecast caches decide by both branches, of which each process computes one; None for by their own."""
-        for transformer, _ in self._hooked.values():
+    def _forecast(self, pair: Pair | None) -> None:
+        """Have forecast caches decide by both branches, of which each process computes one, and without guidance by the
+        first; None for by their own."""
+
+        def agree_for(hook: SplitPasses | SplitBatch, pair: Pair) -> Callable[[float, torch.device], float]:
+            return lambda value, device: pair.agreed(value, device, first=hook.alone)
+
+        for transformer, hook in self._hooked.values():
             forecast = hooks_of(transformer).get(FORECAST_HOOK)
             if forecast is not None:
-                forecast.agree_by(agree)
+                forecast.agree_by(None if pair is None else agree_for(hook, pair))
 
     def remove(self) -> None:
         """Put the pipeline back as it was. A second call does nothing."""
@@ -109,7 +114,8 @@ def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParall
     Works with `accelerate`, in either order, and beside Ulysses in groups of two: then with one group of each pair.
     Sparse methods, caches and reports are of the branch that a process computes; forecast caches decide together, with
     a number exchanged in each step, so all calls of the pipeline are made by both. Without guidance, as with
-    `guidance_free`, there is nothing to share, and each process computes all.
+    `guidance_free`, there is nothing to share, and each process computes all; in a run that had guidance before, the
+    first one's passes are then the second one's, too.
 
     Args:
         pipe: a diffusers pipeline of a known family (`FAMILIES`) whose step has two passes, or both in a batch.
@@ -122,7 +128,7 @@ def cfg_parallel(pipe: Any, group: dist.ProcessGroup | None = None) -> CfgParall
         TypeError: no transformer of the pipeline is known, or it never says whether a step has two passes.
         RuntimeError: no processes; a pipeline that is cfg-parallel already, or has a guidance cache, as such or with
             another one that shares a transformer; a transformer that was compiled as a whole. Later, in calls:
-            processes with different latents, or a hook that came after this one.
+            processes with different latents in the first two steps, or a hook that came after this one.
         ValueError: the group has not two processes.
     """
     return CfgParallel(pipe, group)

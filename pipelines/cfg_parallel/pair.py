@@ -44,15 +44,16 @@ class Pair:
             made.append(both)
         return made
 
-    def most(self, value: float, device: torch.device) -> float:
-        """The larger of the two processes' values. The host waits for the GPU.
+    def agreed(self, value: float, device: torch.device, first: bool) -> float:
+        """The larger of the two processes' values, or that of the first one. The host waits for the GPU.
 
         Args:
             value: of this process.
             device: that tensors are exchanged from.
+            first: see above.
         """
         (both,) = self.exchange([torch.tensor([value], dtype=torch.float32, device=device)])
-        return float(torch.cat(both).max())
+        return float(both[0] if first else torch.cat(both).max())
 
     def check_alike(self, latents: torch.Tensor, name: str) -> None:
         """Raise RuntimeError, in both processes, where their latents are not the same. The host waits for the GPU."""
@@ -61,6 +62,6 @@ class Pair:
         if not torch.equal(*both):
             raise RuntimeError(
                 f"the two processes call {name} with different latents, so their branches of guidance are of different "
-                "videos: pass generator=torch.Generator().manual_seed(...) with one seed, and the same prompt and "
-                "size, in both."
+                "videos: pass generator=torch.Generator().manual_seed(...) with one seed, and the same prompt, size, "
+                "number of steps and guidance scale, in both."
             )

@@ -11,11 +11,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ..beside_hooks import beside_hooks
 from ..diffusers_hooks import hooks_of
-from ..guidance_branches import check_outermost, latents_of, tensors_in
+from ..guidance_branches import check_outermost, latents_of, tensors_in, with_tensors
 from ..hooked import HandleOf
 from .pair import Pair
 
 NAME = "vidaccel_cfg_parallel"
+CHECKED = 2
+"""Steps of a run in which the latents of both processes are compared."""
 
 
 class SplitPasses(ModelHook):
@@ -23,7 +25,8 @@ class SplitPasses(ModelHook):
 
     Pipelines call the model for both branches and only then work on what it gave. (Until it is filled, it is NaN: who
     reads it early makes no video that looks right.) The first pair of passes of a new shape is computed by both, since
-    what a model gives is learned there.
+    what a model gives is learned there. A pass without guidance, after such with it in the run, is computed by both,
+    and is that of the process that has the first branch, whose state is that of one process.
 
     Args:
         pair: the processes.
@@ -41,10 +44,13 @@ class SplitPasses(ModelHook):
         self._first: Any = None  # what the first pass of the step gave, once it was called
         self._timestep: object = None  # of that pass
         self._run: object = None
+        self._checks = 0  # of that run
         self.computed, self.received = 0, 0
         """Passes of this process and of the other one."""
         self.waits = False
         """Whether the last pass was the other one's."""
+        self.alone = False
+        """Whether the pass that runs is without guidance, after such with it in the run."""
 
     def install(self, transformer: Any) -> None:
         """Put it on a transformer."""
@@ -65,7 +71,9 @@ class SplitPasses(ModelHook):
         if torch.is_grad_enabled() or not self._guided():
             self._first = None
             self.computed += 1
-            return forward(*args, **kwargs)
+            if torch.is_grad_enabled() or self._run is None or self._started() is not self._run:
+                return forward(*args, **kwargs)
+            return self._alone(forward, args, kwargs)
         timestep = kwargs.get("timestep")
         second = self._first is not None and _same(timestep, self._timestep)
         first, self._first = self._first, None  # an error leaves no half step behind
@@ -89,6 +97,15 @@ class SplitPasses(ModelHook):
             self._first, self._timestep = made, timestep
         return made
 
+    def _alone(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A pass without guidance in a run that had it; what it makes is the first process's in both."""
+        self.alone = True
+        try:
+            made = forward(*args, **kwargs)
+        finally:
+            self.alone = False
+        return with_tensors(made, [both[0] for both in self._pair.exchange(tensors_in(made))])
+
     def _fill(self, first: Any, second: Any) -> None:
         """Have each process's pass in both processes."""
         passes = [tensors_in(made) for made in (first, second)]
@@ -97,16 +114,19 @@ class SplitPasses(ModelHook):
             x.copy_(both[other])
 
     def _check_run(self, args: tuple, kwargs: dict[str, Any], alone: bool) -> None:
-        """Once a run: both processes must be about the same video. In it, no step may have had one pass `alone`."""
+        """In the first two steps of a run: both processes must be about the same video, of which the second tells the
+        scale of guidance and the scheduler. In it, no step may have had one pass `alone`."""
         run = self._started()
-        if run is self._run:
-            if alone:
-                raise RuntimeError(
-                    f"a step called {self._model} once, where two branches of guidance were to come: its pipeline "
-                    "cannot be shared by cfg_parallel."
-                )
+        if run is not self._run:
+            self._run, self._checks = run, 0
+        elif alone:
+            raise RuntimeError(
+                f"a step called {self._model} once, where two branches of guidance were to come: its pipeline "
+                "cannot be shared by cfg_parallel."
+            )
+        self._checks += 1
+        if self._checks > CHECKED:
             return
-        self._run = run
         latents = latents_of(args, kwargs)
         if isinstance(latents, torch.Tensor):
             self._pair.check_alike(latents, self._model)

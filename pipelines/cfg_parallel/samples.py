@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ..guidance_branches import latents_of, of_samples, samples_in, tensors_in, with_tensors
 from ..hooked import HandleOf
 from .pair import Pair
+from .passes import CHECKED
 
 
 class SplitBatch:
@@ -27,11 +28,15 @@ class SplitBatch:
     """
 
     handle: HandleOf
+    alone = False
+    """As of `SplitPasses`; pipelines that make a batch of both branches decide on guidance once a run."""
 
     def __init__(self, pair: Pair, model: str, started: Callable[[], object]) -> None:
         self._pair, self._model, self._started = pair, model, started
         self._halved = False
-        self._checked: tuple[object, torch.Size] | None = None  # the run, and the shape in it
+        self._run: object = None
+        self._shape: torch.Size | None = None
+        self._checks = 0  # of that run and shape
         self.computed, self.received = 0, 0
         """Samples of this process and of the other one."""
         self._hooks: list[RemovableHandle] = []
@@ -64,11 +69,13 @@ class SplitBatch:
         return of_samples(self._signature, module, args, kwargs, half)
 
     def _check_run(self, latents: torch.Tensor) -> None:
-        """Once a run, and for each size in it: both processes must be about the same videos."""
+        """In the first two steps of a run, and of each size in it: both processes must be about the same videos."""
         run = self._started()
-        if run is None or self._checked is None or self._checked[0] is not run or self._checked[1] != latents.shape:
+        if run is None or run is not self._run or latents.shape != self._shape:
+            self._run, self._shape, self._checks = run, latents.shape, 0
+        self._checks += 1
+        if self._checks <= CHECKED:
             self._pair.check_alike(latents, self._model)
-            self._checked = run, latents.shape
 
     @torch.compiler.disable
     def _join(self, module: torch.nn.Module, args: tuple, output: Any) -> Any:

@@ -44,8 +44,8 @@ class CacheKind:
         bounds: of the threshold.
         skips_more: what has it skip more, in words.
         around: its hook is on the model as a whole, not on blocks or layers of it.
-        by_parts: it decides by what it sees within the transformer, of which processes that share a sequence have a
-            part each.
+        by_parts: it decides or computes by what it sees within the transformer, of which processes that share a
+            sequence have a part each.
     """
 
     summary: str
@@ -86,6 +86,7 @@ CACHES: dict[str, CacheKind] = {
             "retention_ratio": CacheSetting(high=1.0),
         },
         skips_more="raise the threshold, or lower retention_ratio",
+        by_parts=True,
     ),
     "seacache": CacheKind(
         "the change of the denoised content's spectrum (diffusers' SeaCache; Wan from text or video, Cosmos 3)",
@@ -136,8 +137,8 @@ def unshared_cache(cache: str) -> str:
     if not CACHES[cache].by_parts:
         return ""
     return (
-        f"the cache {cache} decides by what it sees within the transformer, of which each process has another part, so "
-        "one would skip what another waits for; forecast decides by the whole"
+        f"the cache {cache} goes by what it sees within the transformer, of which each process has another part, so one "
+        "would skip what another waits for, or fail; forecast goes by the whole"
     )
 
 

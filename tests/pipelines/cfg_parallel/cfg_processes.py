@@ -111,6 +111,24 @@ def beside_others() -> dict[Any, Any]:
     return made | of_from_pipe()
 
 
+def guidance_that_goes() -> dict[Any, Any]:
+    """Guidance that a callback switches off, and on again, beside what keeps a state of each branch."""
+    made: dict[Any, Any] = {}
+    for name, more in (("tangent", {"method": FEW}), ("taylorseer", {"cache": Cache("taylorseer")})):
+        for last, kind in ((9, "gone"), (4, "gone and back")):
+
+            def scale(pipe: Any, step: int, timestep: Any, tensors: dict, last: int = last) -> dict:
+                pipe._guidance_scale = 1.0 if 2 <= step < last else 5.0
+                return {}
+
+            pipe = make_pipe()
+            with vidaccel.apply(pipe, Preset(**more)):
+                made[kind, name, "alone"] = generate(pipe, steps=9, callback_on_step_end=scale)
+                with cfg_parallel(pipe):
+                    made[kind, name, "shared"] = generate(pipe, steps=9, callback_on_step_end=scale)
+    return made
+
+
 def in_and_out_of_autocast() -> dict[Any, Any]:
     """Passes of the same inputs that give another dtype, in either order."""
     made: dict[Any, Any] = {}
@@ -252,6 +270,8 @@ def refusals(rank: int, ranks: int) -> dict[str, str]:
         forecast = Preset(cache=Cache("forecast"))
         texts["cache after"] = text_of(PresetError, lambda: vidaccel.apply(pipe, forecast))
         texts["seeds"] = text_of(RuntimeError, lambda: generate(pipe, seed=rank))
+        texts["scales"] = text_of(RuntimeError, lambda: generate(pipe, guidance_scale=5.0 + rank))
+        texts["steps"] = text_of(RuntimeError, lambda: generate(pipe, steps=4 + rank))
         texts["and goes on"] = str(generate(pipe).equal(generate(pipe)))
 
         def stop(pipe: Any, step: int, timestep: Any, tensors: dict) -> dict:
@@ -305,7 +325,12 @@ def main(rank: int, ranks: int, folder: Path, what: str) -> None:
         wanted = what.split(",")
         made = {"families": {str(case): family(case) for case in CASES if what == "all" or case.runs in wanted}}
         if what != "all":
-            made |= {"sparse": sparse(), "beside": beside_others(), "refusals": texts | refusals(rank, ranks)}
+            made |= {
+                "sparse": sparse(),
+                "goes": guidance_that_goes(),
+                "beside": beside_others(),
+                "refusals": texts | refusals(rank, ranks),
+            }
     torch.save(made, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

@@ -101,6 +101,12 @@ def test_beside_other_levers(launched, what):
         assert alone.isfinite().all() and shared.equal(alone)
 
 
+def test_guidance_that_goes_in_the_middle_of_a_run(launched):
+    for process in launched:
+        for (*case, _), made in process["goes"].items():
+            assert made.equal(launched[0]["goes"][*case, "alone"])
+
+
 def test_restore_by_a_pipeline_that_shares_the_transformer_leaves_no_hook(launched):
     assert [process["beside"]["restored", "hooks"] for process in launched] == [[], []]
 
@@ -158,7 +164,8 @@ def test_what_cannot_be_shared_is_refused_by_both(launched):
         assert "Call remove() on its handle, apply the preset, and call cfg_parallel again" in texts["cache after"]
         assert "has a guidance cache" in texts["left out, then shared"]
         assert "call transformer with different latents" in texts["seeds"]
-        assert "call transformer with different latents" in texts["seeds of a batch"]
+        for same in ("scales", "steps", "seeds of a batch"):
+            assert "call transformer with different latents" in texts[same]
         assert texts["stopped"] == "stopped"
         assert texts["and goes on"] == texts["and goes on again"] == "True"
         assert "called transformer once" in texts["one pass"]

@@ -10,7 +10,7 @@ from tiny_wan import generate, make_pipe
 import vidaccel
 from vidaccel.pipelines.presets import Preset, PresetError
 
-BY_PARTS = ("first_block", "seacache", "cache_dit")
+BY_PARTS = ("first_block", "magcache", "seacache", "cache_dit")
 
 
 def share(pipe, **degree: int) -> None:
@@ -30,7 +30,7 @@ def test_a_cache_that_decides_by_parts_is_refused_before_anything_is_changed(nam
     needs(name)
     pipe = make_pipe()
     share(pipe, **{degree: 2})
-    told = f"processes share the sequence of the transformer, and the cache {name} decides by what it sees within"
+    told = f"processes share the sequence of the transformer, and the cache {name} goes by what it sees within"
     with pytest.raises(PresetError, match=told):
         vidaccel.apply(pipe, Preset(cache=EAGER[name]))
     assert not pipe.transformer._forward_pre_hooks
@@ -44,7 +44,7 @@ def test_parallelism_that_comes_later_is_refused_at_the_first_pass(name):
         expected = generate(pipe, steps=3)
         share(pipe, ulysses_degree=2)
         for _ in range(2):
-            with pytest.raises(PresetError, match=f"the cache {name} decides by what it sees within the transformer"):
+            with pytest.raises(PresetError, match=f"the cache {name} goes by what it sees within the transformer"):
                 generate(pipe, steps=3)
         pipe.transformer._parallel_config = None
         assert generate(pipe, steps=3).equal(expected)
