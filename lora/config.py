@@ -132,15 +132,13 @@ def with_overrides(config: T, overrides: Iterable[str]) -> T:
 
 def differences(old: Settings, new: Settings) -> list[str]:
     """One line for each setting that differs and that a resumed run may not change."""
-    # What is free in one of the two only, because of its other settings, counts.
-    fixed = {name for config in (old, new) for name, _ in _flat(config)}
     before, after = flat(old), flat(new)
-    names = [name for name in {**before, **after} if name in fixed]
-    return [
-        f"{name}: {_shown(before, name)} then, {_shown(after, name)} now"
-        for name in names
-        if _shown(before, name) != _shown(after, name)
-    ]
+    changed = [name for name in {**before, **after} if _shown(before, name) != _shown(after, name)]
+    free = [set(flat(config)) - {name for name, _ in _flat(config)} for config in (old, new)]
+    # What is free in one of the two only is so because of its other settings: where one of them is told, it is the one.
+    always = [name for name in changed if name not in free[0] | free[1]]
+    told = always or [name for name in changed if name not in free[0] & free[1]]
+    return [f"{name}: {_shown(before, name)} then, {_shown(after, name)} now" for name in told]
 
 
 def flat(config: Settings) -> dict[str, Any]:

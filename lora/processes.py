@@ -20,6 +20,10 @@ WAIT = timedelta(hours=12)
 """How long processes wait for one another: while one encodes clips or writes results, the others may wait for hours."""
 
 
+class ProcessLost(ConnectionError):
+    """Another process of the run has ended; the message says how to go on."""
+
+
 @dataclass(frozen=True)
 class Process:
     """One of the processes of a run.
@@ -44,6 +48,11 @@ class Process:
     @property
     def is_main(self) -> bool:
         return self.index == 0
+
+    def is_lost(self, error: RuntimeError) -> bool:
+        """Whether an error says that the connection to another process was lost, within whatever was exchanged."""
+        of_connections = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
+        return self.count > 1 and (of_connections or "gloo" in str(error))
 
     def wait(self) -> None:
         """Wait until every process is here. A signal is taken meanwhile, which a plain barrier would keep waiting."""

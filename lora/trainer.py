@@ -29,7 +29,7 @@ from .launched import check_accelerator, check_environment
 from .memory import out_of_memory
 from .phase_checks import check_compiler, check_names, check_outline, check_phase, check_some_compile
 from .phase_run import Diverged, PhaseRun
-from .processes import WAIT
+from .processes import WAIT, ProcessLost
 from .recipes.base import Phase, Recipe
 from .resuming import changed, check_inputs, check_steps
 from .run_context import RunContext
@@ -73,6 +73,8 @@ def make_accelerator(config: RunSettings) -> Accelerator:
             cpu=loop.device == "cpu",
             kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         )
+    except ConfigError:  # a tracker that is not installed
+        raise
     except ValueError as error:
         raise ConfigError(f"accelerate refuses the settings: {error}") from error
     plugin = plugin_of(accelerator)
@@ -141,7 +143,7 @@ class Trainer:
             Stopped: on SIGINT, SIGTERM, SIGHUP or SIGUSR1; where training had begun, after a checkpoint.
             Diverged: the loss or a weight is no number any more.
             OutOfMemory: of a GPU; the message says what takes less.
-            OSError: the result cannot be written.
+            OSError: the result cannot be written. ProcessLost: another process of the run has ended.
         """
         self.tracker: Tracker | None = None
         self._taken = False
@@ -163,6 +165,12 @@ class Trainer:
                 if self.tracker is not None:
                     self.tracker.end()
                 raise
+            except RuntimeError as error:
+                if not self.process.is_lost(error):
+                    raise
+                raise ProcessLost(
+                    f"another process of the run has ended, and its own output says why; {self._how_to_go_on()}"
+                ) from error
             finally:
                 self.process.progress.close()
 

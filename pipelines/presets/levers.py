@@ -137,8 +137,8 @@ def unshared_cache(cache: str) -> str:
     if not CACHES[cache].by_parts:
         return ""
     return (
-        f"the cache {cache} goes by what it sees within the transformer, of which each process has another part, so one "
-        "would skip what another waits for, or fail; forecast goes by the whole"
+        f"the cache {cache} goes by what it sees within the transformer, of which each process has another part, so "
+        "one would skip what another waits for, or fail; forecast goes by the whole"
     )
 
 

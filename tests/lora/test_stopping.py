@@ -19,7 +19,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 
 from vidaccel.lora.checkpoint import CheckpointFolder
 from vidaccel.lora.launch import _encode
-from vidaccel.lora.processes import Process
+from vidaccel.lora.processes import Process, ProcessLost
 from vidaccel.lora.stopping import Stopped, StopRequested, StopSignals
 
 SCRIPT = Path(__file__).with_name("stopped_processes.py")
@@ -253,6 +253,21 @@ def test_a_stop_while_the_result_is_written(tiny_settings, run_tiny, monkeypatch
     monkeypatch.undo()
     resumed = run_tiny(tiny_settings("stopped"), "latest")
     assert equal(straight, resumed) and not resumed.seen
+
+
+def test_a_process_that_is_gone_is_told_with_how_to_go_on(tiny_settings, run_tiny, monkeypatch, tiny_phase):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+    device = torch.device("cpu")
+    assert not Process(device).is_lost(lost) and Process(device, count=2).is_lost(lost)
+    assert not Process(device, count=2).is_lost(RuntimeError("shapes do not match"))
+
+    def fail():
+        raise lost
+
+    once(monkeypatch, tiny_phase, "loss", stop=fail)
+    monkeypatch.setattr(Process, "is_lost", lambda self, error: error is lost)
+    with pytest.raises(ProcessLost, match="another process of the run has ended, .* says why; .*resume"):
+        run_tiny(tiny_settings("lost"))
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
