@@ -23,7 +23,6 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parent))
 from links import anchor_of, map_links
-from tables import fill
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "docs" / "site" / "mkdocs.yml"
@@ -83,7 +82,7 @@ def pages(root: Path = ROOT, command_line: bool = True) -> list[Page]:
     found.append(Page("examples.md", "examples/README.md", _examples(root, read("examples/README.md"))))
     if command_line:
         found.append(Page("reference/command-line.md", "cli/__init__.py", _command_line(root)))
-    return [replace(page, text=fill(page.text, root, page.source)) for page in found]
+    return found
 
 
 def _split(text: str) -> Iterator[tuple[str, str]]:

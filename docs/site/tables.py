@@ -1,6 +1,6 @@
-"""Tables of a page that are cut from the committed ones of `benchmarks/results/`, so that no number is written twice.
+"""Tables of a page that are cut from the committed ones of `benchmarks/results/`: no number is written by hand.
 
-A page says, in a comment that GitHub does not show:
+`python docs/site/tables.py` writes them into the pages of `docs/`, each below a comment that readers do not see:
 
     <!-- table
     file: benchmarks/results/quality.csv
@@ -20,7 +20,9 @@ from typing import Any
 
 import yaml
 
-DIRECTIVE = re.compile(r"<!-- table\n(.*?)-->", re.DOTALL)
+DIRECTIVE = re.compile(r"(<!-- table\n((?:.*\n)*?)-->\n)(\n(?:\|.*\n)+)?")
+"""A comment, what it says, and the table below it."""
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class TableError(ValueError):
@@ -28,7 +30,7 @@ class TableError(ValueError):
 
 
 def fill(text: str, root: Path, page: str) -> str:
-    """A page with its directives replaced by tables.
+    """A page with the tables that its comments ask for, each below its comment in the place of what is there.
 
     Args:
         text: Markdown. root: of the repository. page: its name, for errors.
@@ -36,7 +38,7 @@ def fill(text: str, root: Path, page: str) -> str:
     Raises:
         TableError: a directive that cannot be read, or whose file, column or value is not there.
     """
-    return DIRECTIVE.sub(lambda match: table(yaml.safe_load(match[1]), root, page), text)
+    return DIRECTIVE.sub(lambda match: f"{match[1]}\n{table(yaml.safe_load(match[2]), root, page)}\n", text)
 
 
 def table(wanted: Mapping[str, Any], root: Path, page: str) -> str:
@@ -61,9 +63,25 @@ def table(wanted: Mapping[str, Any], root: Path, page: str) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def stale(root: Path = ROOT) -> dict[Path, str]:
+    """The pages of `docs/` whose tables are not those of the results, and what they should be."""
+    found = {}
+    for path in sorted((root / "docs").rglob("*.md")):
+        text = path.read_text(encoding="utf-8")
+        if (filled := fill(text, root, path.relative_to(root).as_posix())) != text:
+            found[path] = filled
+    return found
+
+
 def _listed(values: Any) -> list[Any]:
     return values if isinstance(values, list) else [values]
 
 
 def _cell(value: str, percent: bool) -> str:
     return f"{float(value):.0%}".replace("%", "\N{NO-BREAK SPACE}%") if percent and value else value or "–"
+
+
+if __name__ == "__main__":
+    for page, filled in stale().items():
+        page.write_text(filled, encoding="utf-8")
+        print(page)

@@ -82,3 +82,18 @@ def test_code_on_the_pages_is_python(pages):
     for page in pages.values():
         for block in re.findall(r"^```python\n(.*?)^```", page.text, re.MULTILINE | re.DOTALL):
             compile(block, page.source, "exec")
+
+
+def test_the_pages_have_the_tables_of_the_results():
+    sys.path.insert(0, str(ROOT / "docs" / "site"))
+    try:
+        import tables
+    finally:
+        sys.path.pop(0)
+    sys.modules.pop("tables")
+    assert not tables.stale(), "python docs/site/tables.py writes them"
+    comment = "<!-- table\nfile: benchmarks/results/quality.csv\nwhere: {method: [dense]}\ncolumns: {method: a}\n-->\n"
+    filled = tables.fill(comment, ROOT, "x")
+    assert filled == f"{comment}\n| a |\n| --- |\n| dense |\n" and tables.fill(filled, ROOT, "x") == filled
+    with pytest.raises(tables.TableError, match="no row of .* has 'denser' as its method"):
+        tables.fill(filled.replace("[dense]", "[denser]"), ROOT, "x")
