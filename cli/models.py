@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
@@ -189,7 +191,7 @@ def adapt_command(
 
         if show:
             for file in sorted(lora.config_folder().glob("*.yaml")):
-                typer.echo(f"{file.stem}: {file.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+                typer.echo(f"{file.stem}: {_summary(file.read_text(encoding='utf-8'))}")
             return
         if not recipe:
             raise ConfigError(
@@ -208,3 +210,10 @@ def adapt_command(
         code = main(arguments)
         if code:
             raise typer.Exit(code)
+
+
+def _summary(settings: str) -> str:
+    """The whole sentences at the beginning of a file of settings, before where they are explained."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), settings.splitlines())
+    told = " ".join(line.strip("# ") for line in lines).partition("Every setting")[0]
+    return re.match(r".*\.(?= |$)", told.strip())[0]

@@ -203,7 +203,11 @@ def _print_table(made: Tuned, said: Collection[str] = ()) -> None:
         table.add_row(each.candidate.label, *cells, each.why or "chosen")
     console(whole=True).print(table)
     left = len(made.tried) - len(made.confirmed)
-    typer.echo(f"{left} more were measured on single steps or predicted; the page says why each was dropped.")
+    if any(each.confirmed.gain for each in made.confirmed):
+        typer.echo('"of dense" is by turns with dense where a preset was measured once more in them; "a video" is not.')
+    if left:
+        were = "was" if left == 1 else "were"
+        typer.echo(f"{left} more {were} measured on single steps or predicted; the page says why each was dropped.")
     for note in [*made.notes, *(f"{name} is left out: {why}" for name, why in made.dropped.items())]:
         if note not in said:
             typer.echo(note)

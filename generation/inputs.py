@@ -164,7 +164,7 @@ def open_video(video: Any, field: str = "video") -> VideoSource:
 
 def _array(given: Any) -> Any:
     """A tensor of torch as an array; anything else as it is."""
-    if not hasattr(given, "detach"):
+    if not (hasattr(given, "detach") and hasattr(given, "cpu")):  # open files have the first, which closes them
         return given
     tensor = given.detach().cpu()
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()  # numpy has no bfloat16

@@ -276,7 +276,8 @@ def _searched(plan: Plan, pipe: Any, journal: Journal, tell: Done, expect: Any, 
         why = "and for each of them another of its kind is as fast and nearer, or dense is faster"
         notes.append(f"{search.left_out:,} more combinations were predicted, {why}.")
     if search.ran_out:
-        notes.append(f"Videos were made of {plan.most} candidates, the most that was asked for; another is promising.")
+        few = f"{plan.most} candidate{'s' * (plan.most != 1)}"
+        notes.append(f"Videos were made of {few}, the most that was asked for; another is promising.")
     size, loras = job.settings, _loras(parts)
     settings = {
         "model": f"{job.facts.name} ({job.facts.pipeline_class})",

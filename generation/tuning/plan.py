@@ -23,7 +23,7 @@ from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .identity import identity_of
 from .journal import FILE, Journal
-from .space import CACHES, EFFORTS, LEVERS, LayersLever, guidance_levers, layers_levers, quantize_levers
+from .space import CACHES, EFFORTS, LEVERS, METHODS, LayersLever, guidance_levers, layers_levers, quantize_levers
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -126,8 +126,15 @@ def planned(
     check_comparable(size.height, size.width)
     if size.steps < 2:
         raise BadInput("steps", "a run of one step has nothing to tune", "Give more.", value=size.steps)
-    if adapters and "adapter" not in levers:
-        raise BadInput("adapters", "are given, and the lever adapter is not tried", f"Add it to {mention('levers')}.")
+    asked = {
+        "methods": ("sparse", methods and tuple(methods) != METHODS),
+        "caches": ("cache", caches and tuple(caches) != tuple(CACHES)),
+        "adapters": ("adapter", adapters),
+    }
+    for field, (lever, given) in asked.items():
+        if given and lever not in levers:
+            problem = f"given without the lever {lever}, which tries them"
+            raise BadInput(field, problem, f"Add it to {mention('levers')}.")
     if adapters and budget.max_error is not None:
         adapter_levers(job, adapters)  # what is wrong with them goes before
         fix = f"Give {mention('min_psnr')} or {mention('max_time_ratio')}, or leave {mention('adapters')} out."
@@ -140,7 +147,7 @@ def planned(
     if not any(chosen[name] for name in ("methods", "caches", "layers", "adapters", "guidance")):
         why = "; ".join(f"{name}: {reason}" for name, reason in dropped.items())
         raise BadInput(
-            "levers", f"nothing is left to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
+            "levers", f"leaves nothing to try{f' ({why})' if why else ''}", f"Give others of {mention('levers')}."
         )
     return Plan(job, budget, texts, numbers, **chosen, effort=effort, most=confirm, dropped=dropped, out=folder)
 

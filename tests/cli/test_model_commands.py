@@ -14,6 +14,7 @@ from vidaccel import demo
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.autoencoders.convert import read_published
 from vidaccel.cli import app
+from vidaccel.lora import config_folder
 
 GOLDEN = Path(__file__).parents[1] / "data" / "dc_ae_v_f32t4_tiny.safetensors"
 
@@ -182,6 +183,10 @@ def test_the_type_is_kept_there_and_back(published, tmp_path, name):
 def test_adapt_lists_what_is_ready(name):
     code, output = run(name, "--list")
     assert code == 0 and "demo_ae_adapt:" in output and "demo_autoencoder:" in output
+    listed = [line for line in output.splitlines() if ": " in line]
+    assert len(listed) == len(list(config_folder().glob("*.yaml")))
+    assert all(line.endswith(".") and "Every setting" not in line for line in listed)
+    assert sum("ot tried at full size" in line for line in listed) > 10
 
 
 @pytest.mark.parametrize(

@@ -474,11 +474,13 @@ def test_compiled_blocks_are_measured_without_their_compilation(pipe, tmp_path):
         ({"frames": 10}, r"^frames is 10: this model makes 4k\+1 frames"),
         (
             {"levers": ("cache",), "caches": ("cache_dit",)},
-            r"^levers nothing is left to try \(cache_dit: .*pip install",
+            r"^levers leaves nothing to try \(cache_dit: .*pip install",
         ),
-        ({"levers": ("precision",)}, r"^levers nothing is left to try"),
-        ({"levers": ("quantize",)}, r"^levers nothing is left to try \(quantize: .*pip install torchao"),
-        ({"levers": ("adapter",), "guidance_scale": 1.0}, r"^levers nothing is left to try"),
+        ({"levers": ("cache",), "methods": ("radial",)}, r"^methods given without the lever sparse, which tries them"),
+        ({"levers": ("sparse",), "caches": "magcache"}, r"^caches given without the lever cache, which tries them"),
+        ({"levers": ("precision",)}, r"^levers leaves nothing to try"),
+        ({"levers": ("quantize",)}, r"^levers leaves nothing to try \(quantize: .*pip install torchao"),
+        ({"levers": ("adapter",), "guidance_scale": 1.0}, r"^levers leaves nothing to try"),
     ],
 )
 def test_bad_input(changes, message, tmp_path, monkeypatch):
@@ -502,7 +504,7 @@ def test_layers_in_8_bits_are_not_tried_when_offloading_by_blocks(tmp_path, monk
     import torch
 
     monkeypatch.setattr("vidaccel.generation.job.choose_device", lambda *_: torch.device("cpu"))  # it refuses a CPU
-    with pytest.raises(BadInput, match=r"nothing is left to try \(quantize: not when offloading by blocks: it moves"):
+    with pytest.raises(BadInput, match=r"leaves nothing to try \(quantize: not when offloading by blocks: it moves"):
         vidaccel.tune(
             "demo", PROMPTS, out=tmp_path / "t", min_psnr=30.0, levers=("quantize",), offload="blocks", **SMALL
         )
