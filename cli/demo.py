@@ -1,4 +1,4 @@
-"""`vidaccel demo`: what this package gains on this machine."""
+"""`vidaccel demo`: what this package gains on the CPU of this machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def demo_command(
     ] = True,
     threads: Threads = None,
 ) -> None:
-    """Make a video with the built-in models, lever by lever, and a page that shows what each lever gains here."""
+    """Make a video with the built-in models, and a page that shows what each lever gains on this CPU."""
     with one_line_errors():
         from ..generation.model_places import DEMOS
         from ..generation.outputs import check_file, check_files

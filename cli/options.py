@@ -70,13 +70,15 @@ def pipeline_arguments(texts: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, tuple, True, False or None as Python writes them or in small letters; else a bare word."""
+    """A number, tuple, True, False or None as Python writes them or in small letters; else a bare word. Lists, as YAML
+    has them, are tuples."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     try:
-        return ast.literal_eval(text)
+        value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text  # as in rule=published
+    return tuple(value) if isinstance(value, list) else value
 
 
 def offloading(parts: bool, blocks: bool) -> bool | str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
 from .model_files import Reader, folder_reader, reader
-from .model_places import DEMOS, converted, locate, published_class
+from .model_places import DEMOS, converted, locate, no_pipeline, published_class
 from .rows import NOT_RUN, ROWS, PipelineRow, Shape, find_row, patch_of
 
 if TYPE_CHECKING:
@@ -190,8 +190,7 @@ def inspect_model(model: str, image: bool = False, video: bool = False, last_ima
     if index is None:
         found = published_class(read, image)
         if found is None:
-            problem = "it is no diffusers pipeline: it has no model_index.json"
-            raise BadInput("model", problem, "Give the folder that holds it.", value=model)
+            raise BadInput("model", *no_pipeline(read), value=model)
         location = converted(model, location, found)
         read = folder_reader(Path(location))
         index = read("model_index.json") or {}

@@ -50,6 +50,23 @@ def published_class(read: Reader, image: bool) -> str | None:
     return "DCVideoGenPipeline" if name == _PUBLISHED[0] else "DCVideoGenImageToVideoPipeline"
 
 
+def no_pipeline(read: Reader) -> tuple[str, str]:
+    """What a folder without model_index.json is, and what to give instead."""
+    kind = str((read("config.json") or {}).get("_class_name", ""))
+    if kind == "WanModel":
+        fix = "Give the same model for diffusers, whose name on the hub ends in -Diffusers."
+        return "it is in the layout in which Wan is published, and no diffusers pipeline", fix
+    if kind.endswith("Transformer3DModel"):
+        return (
+            "it is a transformer alone",
+            "Give the folder of the pipeline, which has model_index.json and all other parts.",
+        )
+    if read("transformer/config.json") is not None:
+        fix = "Give a whole one: model_index.json says what belongs to it."
+        return "it is no diffusers pipeline: it has no model_index.json beside its transformer", fix
+    return "it is no diffusers pipeline: it has no model_index.json", "Give the folder that holds it."
+
+
 def converted(model: str, location: str, pipeline_class: str) -> str:
     """The folder of a published model in diffusers' layout, of what is on this machine."""
     from ..pipelines.deep_compression.published import cached_conversion

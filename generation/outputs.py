@@ -10,10 +10,12 @@ from typing import IO
 
 from ..pipelines.whole_files import is_stream
 from .errors import BadInput, mention
+from .values import check_name
 
 
 def check_file(field: str, path: Path, suffix: str) -> None:
     """Raise BadInput unless a file with this suffix can be written there."""
+    check_name(field, path)
     if path.suffix.lower() != suffix:
         raise BadInput(field, f"the name must end in {suffix}, the only format written", value=path)
     if path.is_dir():
@@ -38,6 +40,7 @@ def check_files(field: str, given: Path, files: Iterable[Path], inputs: Mapping[
     for file in files:
         what = "it" if file == given else f"{file.name}, which is written for it,"
         other = "Give another name."
+        check_name(field, file)
         if file.is_dir():
             raise BadInput(field, f"{what} is a folder", other, value=given)
         for name, sources in inputs.items():

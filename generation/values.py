@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from ..pipelines.errors import shortened
 from .errors import BadInput
 
 MAX_SEED = 2**63 - 1
@@ -47,7 +49,7 @@ def count_or_share(field: str, value: Any) -> int | float:
         exact: int | float = int(value) if isinstance(value, Integral) else float(value)
         if exact >= 0 and (isinstance(exact, int) or exact <= 1):
             return exact
-    raise BadInput(field, "it is a count (a whole number from 0) or a fraction (0.0 to 1.0)", value=value)
+    raise BadInput(field, "it is a count (a whole number from 0) or a fraction (0.0 to 1.0)", value=repr(value))
 
 
 def text(field: str, value: Any) -> str:
@@ -69,9 +71,22 @@ def file_name(field: str, value: Any) -> Path:
     if isinstance(value, str | os.PathLike):
         path = Path(value)
         with contextlib.suppress(RuntimeError):  # "~name" of nobody may be the name of a file
-            return path.expanduser()
+            path = path.expanduser()
+        check_name(field, path)
         return path
     raise BadInput(field, "it must be the name of a file", value=repr(value))
+
+
+def check_name(field: str, path: Path) -> None:
+    """Raise BadInput for a name that no file can have, which Python refuses with an error of its own."""
+    try:
+        os.lstat(path)
+    except ValueError as error:
+        raise BadInput(field, "no file can have that name", "Give another.", value=repr(str(path))) from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            problem = "the name is too long for this system"
+            raise BadInput(field, problem, "Give a shorter one.", value=shortened(str(path), 60)) from error
 
 
 def check_readable(field: str, file: Path) -> None:

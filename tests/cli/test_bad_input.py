@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -178,7 +179,7 @@ def test_words_of_settings():
     from vidaccel.cli.options import method_settings
 
     words = ["svg2.compensate=true", "svg2.route=error", "tangent.probe=false", "radial.sink=none", "svg.sink=True"]
-    assert method_settings([*words, "tangent.tolerance=0.1", "sparge.block=(64,64)"]) == {
+    assert method_settings([*words, "tangent.tolerance=0.1", "sparge.block=[64, 64]"]) == {
         "svg2": {"compensate": True, "route": "error"},
         "tangent": {"probe": False, "tolerance": 0.1},
         "radial": {"sink": None},
@@ -358,3 +359,30 @@ def test_a_fault_of_the_program_keeps_its_traceback(vidaccel, tiny_configs, tmp_
     monkeypatch.setattr("vidaccel.generation.api.load", lambda *_, **__: [][0])
     result = vidaccel("generate", "a dot", "--model", tiny_configs, "--out", tmp_path / "a.mp4", "--device", "cpu")
     assert isinstance(result.exception, IndexError) and "Error" not in result.stderr
+
+
+def test_what_holds_a_part_of_a_pipeline_is_told(refused, tmp_path):
+    for name, config, words in (
+        ("wan", {"_class_name": "WanModel"}, "is published, and no diffusers pipeline. Give .* ends in -Diffusers"),
+        (
+            "alone",
+            {"_class_name": "WanTransformer3DModel"},
+            "it is a transformer alone. Give the folder of the pipeline",
+        ),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        assert re.search(words, refused("--model", tmp_path / name))
+    part = tmp_path / "part" / "transformer"
+    part.mkdir(parents=True)
+    (part / "config.json").write_text("{}")
+    assert "it has no model_index.json beside its transformer. Give a whole one" in refused(
+        "--model", tmp_path / "part"
+    )
+
+
+@pytest.mark.parametrize("more", [(), ("--compare",)])
+def test_a_name_that_is_too_long_is_refused_by_its_option(refused, tmp_path, more):
+    name = "x" * (249 if more else 256) + ".mp4"
+    told = refused("--out", tmp_path / name, *more)
+    assert "--out" in told and "too long for this system" in told
