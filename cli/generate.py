@@ -234,6 +234,7 @@ def generate_command(
         from ..generation.report import write_report
         from ..generation.request import Settings
         from ..generation.sparse import Sparse
+        from ..generation.values import check_name
         from .terminal import command_line, page_line, print_summary, printing, then_printed
 
         settings = Settings(
@@ -255,7 +256,10 @@ def generate_command(
         )
         refuse_given({"no_warm_up": not (warm_up or compare)}, f"of {mention('compare')} alone")
         check_file("out", out, ".mp4")
-        page = out.with_name(f"{out.stem}.report.html") if compare and report is None else report
+        page = report
+        if compare and report is None:
+            page = out.with_name(f"{out.stem}.report.html")
+            check_name("out", page)
         check_outputs(out, page, compare)
         use_threads(threads)  # before what was measured with as many is looked up
         sparse = Sparse(

@@ -134,7 +134,7 @@ def refused(vidaccel, tiny_configs, tmp_path, monkeypatch):
         ),
         (["--density", "0.005"], ["--method is tangent: Tangent density is 0.005", "one stand-in", "raise density to"]),
         (["--dense-steps", "1.5"], ["--dense-steps is 1.5", "a count", "a fraction (0.0 to 1.0)"]),
-        (["--dense-layers", "few"], ["--dense-layers is few", "a count"]),
+        (["--dense-layers", "few"], ["--dense-layers is 'few'", "a count"]),
         (["--dense-steps", "-1"], ["--dense-steps is -1"]),
         (["--compare", "--method", "dense"], ["--compare needs a --method other than dense"]),
         (["--report", "page.html"], ["--compare"]),

@@ -266,7 +266,7 @@ def test_kinds_that_are_harmless():
         ({"density": "0.3", "method": "svg"}, r"^density is '0\.3': it must be a number"),
         ({"dense_steps": -1, "method": "svg"}, r"^dense_steps is -1: it is a count \(a whole number from 0\) or"),
         ({"dense_layers": 1.5, "method": "svg"}, r"^dense_layers is 1\.5: it is a count"),
-        ({"dense_layers": "2", "method": "svg"}, r"^dense_layers is 2: it is a count"),
+        ({"dense_layers": "2", "method": "svg"}, r"^dense_layers is '2': it is a count"),
         ({"settings": {"svg": 3}, "method": "svg"}, r"^settings is \{'svg': 3\}: they must be settings by method"),
         ({"settings": [1], "method": "svg"}, r"^settings is \[1\]: they must be settings by method"),
         ({"backend": None}, r"^backend is None: it must be one text"),

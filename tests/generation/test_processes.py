@@ -85,7 +85,7 @@ def test_what_is_shared(count, wanted, more, made):
         (2, "guidance", {"guidance_scale": 1.0}, "^share is guidance: there is no guidance to share. Give sequence"),
         (2, "guidance", {"one_pass": True}, "guidance is in one pass"),
         (7, "sequence", {"facts": WAN}, "^processes is 7: .* the model has 3. Give fewer"),
-        (2, "sequence", {"beside": Preset(cache=Cache("seacache"))}, "^share is sequence: the cache seacache decides"),
+        (2, "sequence", {"beside": Preset(cache=Cache("seacache"))}, "^share is sequence: the cache seacache goes by"),
         (4, "auto", {"beside": Preset(cache=Cache("first_block"))}, "^processes is 4: the cache first_block .* by 2"),
         (
             3,

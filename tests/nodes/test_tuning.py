@@ -155,7 +155,7 @@ def test_what_it_refuses(pipeline, tune, tmp_path):
 def test_compiled_blocks_are_asked_for_on_the_device_of_the_pipeline(pipeline, tune, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr("vidaccel.attention.code_generator.missing", lambda device: asked.append(device) or "is away")
-    with pytest.raises(InputError, match=r"nothing is left to try \(compile: torch's compiler is away\)"):
+    with pytest.raises(InputError, match=r"leaves nothing to try \(compile: torch's compiler is away\)"):
         tune(pipeline, tmp_path / "t", levers=("compile",))
     assert asked == [pipeline.residency.device]
 
