@@ -204,8 +204,11 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:
     """Sizes of all parts; adapter-only weights come on top of those of their base model, whose autoencoder rests."""
+    from ..pipelines.missing_weights import missing_weights
+
     sizes = _weights(Path(facts.location))
-    missing = ""
+    lacking = missing_weights(facts.location)
+    missing = f"; not whole: {lacking}" if lacking else ""
     if facts.autoencoder is not None and (local := _local(facts.autoencoder)) is not None:
         sizes["vae"] = sum(_weights(local).values())
     if adapter is not None:
@@ -214,7 +217,7 @@ def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:
         base = str(adapter.get("base"))
         local = _local(base_location(base))
         if local is None:
-            missing = f"; without the base model {base}, which is not on this machine"
+            missing += f"; without the base model {base}, which is not on this machine"
         else:
             sizes |= {f"{name} of the base": size for name, size in _weights(local).items() if name != "vae"}
     return ", ".join(f"{name} {_gb(size)}" for name, size in sizes.items()) + missing

@@ -96,8 +96,11 @@ def load(
     """
     from ..pipelines.errors import first_line
     from ..pipelines.loading import load_pipeline
+    from ..pipelines.missing_weights import missing_weights
 
     check_packages(facts)
+    if lacking := missing_weights(facts.location):
+        raise BadInput("model", f"it is not whole: {lacking}", "Download it again.", value=facts.name)
     try:
         return load_pipeline(
             facts.location,
