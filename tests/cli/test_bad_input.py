@@ -313,12 +313,16 @@ def test_a_hub_model_that_is_not_there(refused, monkeypatch, tmp_path):
     assert "hub" in message
 
 
-def test_missing_weights(vidaccel, tiny_configs, tmp_path):
+@pytest.mark.parametrize("broken", [False, True])
+def test_missing_weights(vidaccel, tiny_configs, tmp_path, broken):
     """What only loading can find out is one line as well."""
+    if broken:
+        for part in ("transformer", "vae", "text_encoder"):
+            (tiny_configs / part / "model.safetensors").write_bytes(b"not weights")
     size = ("--frames", 9, "--height", 64, "--width", 64, "--method", "dense")
     result = vidaccel("generate", "a dot", "--model", tiny_configs, "--out", tmp_path / "out.mp4", *size)
     assert result.exit_code == 2
-    assert "cannot be loaded" in result.stderr
+    assert ("cannot be loaded" if broken else "has no weights beside its config.json") in result.stderr
     assert not list(tmp_path.glob("*.mp4"))
 
 
