@@ -94,6 +94,8 @@ def load(
     Raises:
         BadInput: weights that are missing or unreadable, or a package that the pipeline needs is not installed.
     """
+    from safetensors import SafetensorError
+
     from ..pipelines.errors import first_line
     from ..pipelines.loading import load_pipeline
     from ..pipelines.missing_weights import missing_weights
@@ -111,7 +113,7 @@ def load(
             tiling=tiling or facts.row.tiled,
             autoencoder_dtype=dtype if facts.row.follows else None,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BadInput("model", f"it cannot be loaded: {first_line(error).rstrip('.')}", value=facts.name) from error
 
 
