@@ -13,6 +13,7 @@ from ..generation.processes import Process
 from .errors import one_line_errors, option
 from .options import (
     OWN,
+    Components,
     Device,
     Dtype,
     Offload,
@@ -45,12 +46,7 @@ def generate_command(
             "a hub id owner/name. (default: that of --preset, otherwise demo)",
         ),
     ] = "",
-    components: Annotated[
-        str | None,
-        typer.Option(
-            help="With --model FILE.safetensors, a transformer alone: folder or hub id of the pipeline with all else."
-        ),
-    ] = None,
+    components: Components = None,
     preset: Annotated[
         str | None,
         typer.Option(

@@ -9,7 +9,7 @@ import typer
 
 from ..generation.errors import mention, refuse_given
 from .errors import one_line_errors
-from .options import pipeline_arguments
+from .options import Components, pipeline_arguments
 from .terminal import console
 
 
@@ -90,6 +90,7 @@ def info_command(
     model: Annotated[
         str | None, typer.Option(help="With --forecast: the model, as for generate. (default: demo)")
     ] = None,
+    components: Components = None,
     frames: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
     height: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
     width: Annotated[int | None, typer.Option(help="With --forecast. (default: the model's)")] = None,
@@ -104,10 +105,10 @@ def info_command(
     with one_line_errors(with_models=forecast):
         if forecast:
             options = pipeline_arguments(pipeline_option or [])
-            _print_forecast(model or "demo", frames, height, width, dtype or "bfloat16", options)
+            _print_forecast(model or "demo", components, frames, height, width, dtype or "bfloat16", options)
             return
-        values = {"model": model, "frames": frames, "height": height, "width": width, "dtype": dtype}
-        values["pipeline_options"] = pipeline_option
+        values = {"model": model, "components": components, "frames": frames, "height": height, "width": width}
+        values |= {"dtype": dtype, "pipeline_options": pipeline_option}
         given = {field: value is not None for field, value in values.items()}
         refuse_given(given, f"of use only together with {mention('forecast')}")
         _print_machine()
@@ -139,7 +140,13 @@ def _print_machine() -> None:
 
 
 def _print_forecast(
-    model: str, frames: int | None, height: int | None, width: int | None, dtype: str, options: dict[str, Any]
+    model: str,
+    components: str | None,
+    frames: int | None,
+    height: int | None,
+    width: int | None,
+    dtype: str,
+    options: dict[str, Any],
 ) -> None:
     import torch
     from rich.table import Table
@@ -149,7 +156,9 @@ def _print_forecast(
     from ..generation.model_facts import inspect_model
     from ..generation.pipeline_options import check_options
     from ..generation.request import Settings
+    from ..generation.single_file import whole_model
 
+    model = whole_model(model, components)
     facts = inspect_model(model)
     check_options(options, facts.row)
     settings = Settings("a forecast", frames=frames, height=height, width=width, pipeline_options=options)

@@ -21,6 +21,12 @@ OffloadBlocks = Annotated[
         "--offload-blocks", help="Also of a transformer that is larger than the device: one block of it at a time."
     ),
 ]
+Components = Annotated[
+    str | None,
+    typer.Option(
+        help="With --model FILE.safetensors, a transformer alone: folder or hub id of the pipeline with all else."
+    ),
+]
 Tiling = Annotated[bool, typer.Option("--vae-tiling", help="Encode and decode in tiles: less memory for large frames.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .errors import one_line_errors
-from .options import Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
+from .options import Components, Device, Dtype, Offload, OffloadBlocks, Threads, Tiling, offloading, use_threads
 from .terminal import command_line, console, page_line, printing, tell_before
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def tune_command(
         Path, typer.Option("--out", "-o", help="Folder of preset.yaml, tune.html and the journal; made if missing.")
     ] = Path("tune"),
     model: Annotated[str, typer.Option(help='"demo" or "demo-dc", a folder of a pipeline, or a hub id.')] = "demo",
+    components: Components = None,
     max_error: Annotated[
         float | None, typer.Option(help="Budget: relative error of a step against dense, such as 0.05.")
     ] = None,
@@ -119,6 +120,7 @@ def tune_command(
             dtype=dtype,
             offload=offloading(offload, offload_blocks),
             tiling=vae_tiling,
+            components=components,
         )
         where = page_line("page", out / PAGE)
         with printing(where):  # all is written already
@@ -145,6 +147,7 @@ def break_even_command(
     model: Annotated[
         str | None, typer.Option(help='"demo" or "demo-dc", a folder of a pipeline, or a hub id. (default: demo)')
     ] = None,
+    components: Components = None,
     heads: Annotated[
         int | None, typer.Option(help="Of self-attention, with --head-dim in place of a model: of a native one.")
     ] = None,
@@ -174,6 +177,7 @@ def break_even_command(
             seconds=seconds,
             device=device,
             dtype=dtype,
+            components=components,
         )
         table = Table(box=None, padding=(0, 2, 0, 0))
         for title in ("tokens", "dense ms", f"{method} ms", "dense / sparse"):

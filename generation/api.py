@@ -30,7 +30,7 @@ from .report import files_beside, video_file, write_report
 from .request import Settings
 from .run import NoteCallback, StageCallback, load, make_videos
 from .sparse import Sparse
-from .values import file_name
+from .values import check_switches, file_name
 from .video import check_encoder
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def generate(
     file, page = (
         None if path is None else file_name(field, path) for field, path in (("out", out), ("report", report))
     )
+    check_switches(compare=compare, tiling=tiling, warm_up=warm_up, progress=progress)
     check_outputs(file, page, compare)
     methods: Sequence[str | Method]
     if method is None:

@@ -14,6 +14,7 @@ from ..pipelines.lora_files import TARGETS, LoraError, LoraFile, attach_loras, c
 from ..pipelines.lora_targets import check_target
 from .errors import BadInput, mention
 from .guidance import transformers_of
+from .values import check_name
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,6 +33,7 @@ def lora_files(given: _Given | Sequence[_Given] | None) -> tuple[LoraFile, ...]:
     """
     loras = asked_loras(given)
     for lora in loras:
+        check_name("lora", lora.path)
         if not lora.path.exists():
             raise BadInput("lora", "there is no such file or folder", value=lora.path)
     try:
@@ -73,7 +75,7 @@ def _lora_file(text: str) -> LoraFile:
     if not rest or rest.startswith("="):
         raise BadInput("lora", "it has the form PATH or PATH=WEIGHT, or TARGET: before one of them", value=text)
     place, weight = Path(rest).expanduser(), 1.0
-    if not place.exists():
+    if not os.path.exists(place):
         name, equals, number = rest.rpartition("=")
         try:
             place, weight = (Path(name).expanduser(), float(number)) if equals else (place, weight)
@@ -88,7 +90,7 @@ def _with_target(text: str) -> tuple[str | None, str]:
     """The target before a colon, and what follows it. A file that is called so is taken for itself, and other words
     before a colon, such as a drive, are part of the path."""
     head, colon, rest = text.partition(":")
-    if not colon or head not in TARGETS or Path(text).expanduser().exists():
+    if not colon or head not in TARGETS or os.path.exists(Path(text).expanduser()):
         return None, text
     return head, rest
 

@@ -23,7 +23,13 @@ _OWN = {
 }
 """Argument of pipelines -> the field of the request that decides it."""
 _SEVERAL = ("num_videos_per_prompt", "num_images_per_prompt")
-_NOT_OPTIONS = (*_SEVERAL, "callback_on_step_end", "callback_on_step_end_tensor_inputs", "output_type", "return_dict")
+_SET_HERE = {
+    **dict.fromkeys(("output_type", "return_dict"), "a run makes frames, which are written to the file of the run"),
+    **dict.fromkeys(
+        ("callback_on_step_end", "callback_on_step_end_tensor_inputs"), "a run has its own, which counts the steps"
+    ),
+}
+_NOT_OPTIONS = (*_SEVERAL, *_SET_HERE)
 _JUDGES = ("diffusers.pipelines.", "diffusers.schedulers.")
 """Modules that refuse what they are called with; what models raise is another matter."""
 _PLAIN = (bool, int, float, str, list, tuple, dict, NoneType)
@@ -52,6 +58,8 @@ def check_options(options: Mapping[str, Any], row: PipelineRow) -> None:
             raise BadInput(
                 "pipeline_options", "a run makes one video", f"Run it again with another {mention('seed')}.", value=told
             )
+        if name in _SET_HERE:
+            raise BadInput("pipeline_options", _SET_HERE[name], "Leave it out.", value=told)
         if name in row.no_options and value != defaults[name]:
             raise BadInput("pipeline_options", f"is of no use: {row.no_options[name]}", "Leave it out.", value=told)
         if name not in known:

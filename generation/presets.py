@@ -267,7 +267,7 @@ def check_beside(
         check_packages(preset)
         if preset.scheduler is not None:
             scheduler_class(preset.scheduler)
-        check_source(preset.decoder, facts.location)
+        check_source(preset.decoder, facts.location, facts.name)
     if preset.guidance_free and settings.guidance_scale is not None and settings.guidance_scale <= 1:
         raise BadInput("guidance_scale", "the preset puts guidance into one pass, and 1 is none", "Raise it.", value=1)
 

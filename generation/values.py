@@ -43,6 +43,13 @@ def number(field: str, value: Any) -> float:
     raise BadInput(field, "it must be a number", value=repr(value))
 
 
+def check_switches(**given: Any) -> None:
+    """Raise BadInput for what is not True or False, numpy's included, such as "no", which is true to Python."""
+    for field, value in given.items():
+        if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+            raise BadInput(field, "it must be True or False", value=repr(value))
+
+
 def count_or_share(field: str, value: Any) -> int | float:
     """A count from 0 (int) or a fraction of 0.0 to 1.0 (float). Raise BadInput for anything else."""
     if _is_number(value):
@@ -105,6 +112,8 @@ def places(field: str, value: Any) -> list[str | Path]:
     """Files or folders, one or several in a list. Raise BadInput for anything else."""
     found = [value] if isinstance(value, str | os.PathLike) else value
     if isinstance(found, list | tuple) and all(isinstance(place, str | os.PathLike) for place in found):
+        for place in found:
+            check_name(field, Path(place))
         return [place if isinstance(place, str) else Path(place) for place in found]
     raise BadInput(field, "it must be a file or a folder, or several in a list", value=repr(value))
 

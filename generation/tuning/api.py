@@ -21,7 +21,8 @@ from ..model_facts import inspect_model
 from ..prompts import in_words, unknown_note
 from ..run import load
 from ..schedulers import changed_scheduler, scheduler_words, stated
-from ..values import count, number
+from ..single_file import whole_model
+from ..values import check_switches, count, number
 from .bench import Bench, Done
 from .break_even import find_break_even, timer
 from .budget import Budget
@@ -72,6 +73,7 @@ def tune(
     dtype: str | torch.dtype = "auto",
     offload: bool | str = False,
     tiling: bool = False,
+    components: str | Path | None = None,
     progress: bool = True,
     clock: Clock = time.perf_counter,
 ) -> Tuned:
@@ -101,7 +103,7 @@ def tune(
         effort: "quick", "normal" or "thorough": how finely densities and thresholds are tried.
         confirm: candidates of which whole videos are made, at the most, besides each adapter alone.
         negative_prompt, frames, height, width, steps, guidance_scale: see `vidaccel.generate`.
-        device, dtype, offload, tiling: see `vidaccel.generate`.
+        device, dtype, offload, tiling, components: see `vidaccel.generate`.
         progress: show a bar.
         clock: of all times.
 
@@ -113,6 +115,7 @@ def tune(
             another call measures.
         GenerationError: the model made NaN or infinite values.
     """
+    check_switches(tiling=tiling, progress=progress)
     plan = planned(
         model,
         prompts,
@@ -132,7 +135,7 @@ def tune(
             "steps": steps,
             "guidance_scale": guidance_scale,
         },
-        placing={"device": device, "dtype": dtype, "offload": offload, "tiling": tiling},
+        placing={"device": device, "dtype": dtype, "offload": offload, "tiling": tiling, "components": components},
         adapters=adapters,
     )
     return carried_out(plan, progress=progress, clock=clock)
@@ -147,6 +150,7 @@ def measured_break_even(
     seconds: float = 60.0,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    components: str | Path | None = None,
 ) -> tuple[BreakEven, Key, Path]:
     """Measure from how many tokens sparse attention pays for the heads of a model, and keep it for this machine.
 
@@ -155,7 +159,7 @@ def measured_break_even(
         heads, head_dim: of self-attention, in place of a model's: of one that is no pipeline of diffusers.
         method: of sparse attention, as it is by default.
         seconds: about as long as it may take.
-        device, dtype: see `vidaccel.generate`.
+        device, dtype, components: see `vidaccel.generate`.
 
     Returns:
         What was found, what it is of, and the file that it is kept in.
@@ -177,9 +181,12 @@ def measured_break_even(
         raise BadInput("model", f"has heads of its own: leave it out, or {mention('heads')} and {mention('head_dim')}")
     if model is None:
         own = {field: count(field, value) for field, value in own.items()}
+    if model is None and components is not None:
+        problem = "is of use only with a single file as the model"
+        raise BadInput("components", problem, "Leave it out.", value=components)
     place = choose_device(device, False)
     chosen = choose_dtype(dtype, place, str(model or ""))
-    shape = (own["heads"], own["head_dim"]) if model is None else _heads(str(model))
+    shape = (own["heads"], own["head_dim"]) if model is None else _heads(str(model), components)
     check_runs("auto", place, sparse=True)
     key = Key.here(*shape, place, chosen, method)
     check_cache(key)
@@ -187,8 +194,8 @@ def measured_break_even(
     return found, key, store(key, found)
 
 
-def _heads(model: str) -> tuple[int, int]:
-    facts = inspect_model(model)
+def _heads(model: str, components: str | Path | None) -> tuple[int, int]:
+    facts = inspect_model(whole_model(model, components))
     if facts.only_dense:
         raise BadInput("model", facts.only_dense, value=model)
     return facts.row.heads(facts.transformer)

@@ -18,7 +18,7 @@ from ..presets import uncompiled, unquantised
 from ..prompts import prompts_with_seeds
 from ..request import Settings
 from ..sparse import Sparse
-from ..values import count, places
+from ..values import count, file_name, places
 from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .identity import identity_of
@@ -106,7 +106,7 @@ def planned(
                 raise BadInput(field, f"there is none of that name{nearest(name, known)}", value=name)
     confirm = count("confirm", confirm)
     wanted = Settings(texts[0], **settings)
-    folder = Path(out).expanduser()
+    folder = file_name("out", out)
     if folder.exists() and not folder.is_dir():
         raise BadInput("out", "it is a file", "Give a folder; it is made where it is not there.", value=folder)
     check_writable("out", folder / PAGE, value=folder)

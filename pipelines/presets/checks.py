@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -310,19 +311,20 @@ def _check_inside(part: str, transformer: Any, family: Family, cache: str) -> No
         raise PresetError("cache", problem, fix, cache)
 
 
-def check_source(decoder: str | None, location: str | None = None) -> None:
+def check_source(decoder: str | None, location: str | None = None, model: str = "") -> None:
     """Raise PresetError for a tiny decoder that is no file, no folder and no hub id; one that is has to be read.
 
     Args:
         decoder: of the preset.
         location: of the pipeline that is yet to be loaded, whose own one it may be.
+        model: what that is called; the name of its folder by default.
     """
     if decoder == OWN and location is not None:
         try:
-            check_own(Path(location).expanduser())
+            check_own(Path(location).expanduser(), model)
         except TinyDecoderError as error:
             raise PresetError("decoder", str(error).rstrip(".")) from error
-    if decoder is None or decoder == OWN or Path(decoder).expanduser().exists():
+    if decoder is None or decoder == OWN or os.path.exists(Path(decoder).expanduser()):
         return
     if is_hub_id(decoder) and not is_single_file(decoder):
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,12 @@ def load_preset(place: str | Path) -> Preset:
     """
     shipped = shipped_presets()
     file = shipped.get(str(place), Path(place).expanduser())
-    if file.is_dir():
+    if os.path.isdir(file):
         if not (file / TUNED).is_file():
             problem = f"{file} is a folder, and there is no {TUNED} in it"
             raise PresetError("", problem, "Give a file, or the folder in which `vidaccel tune` found one.")
         file = file / TUNED
-    if not file.is_file():
+    if not os.path.isfile(file):  # of a name that is too long it is false, where Path raises
         problem = f"there is no preset {place}{nearest(str(place), shipped)}"
         raise PresetError("", problem, f"Give a name of `vidaccel presets`, or a file ({', '.join(SUFFIXES)}).")
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ def check_loras(pipe: Any, loras: Sequence[LoraFile]) -> list[str]:
     parts = [name for name in TRANSFORMERS if getattr(pipe, name, None) is not None]
     notes = []
     for lora in loras:
-        if not lora.path.exists():
+        if not os.path.exists(lora.path):
             raise PresetError("loras", "there is no such file or folder", "", lora.path)
         try:
             check_readable(lora.path)

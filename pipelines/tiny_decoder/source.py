@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -104,18 +105,19 @@ def _own(pipe: Any) -> str:
     return _own_beside([Path(place) for place in stated if place], f"this {type(pipe).__name__}")
 
 
-def check_own(location: Path) -> None:
+def check_own(location: Path, name: str = "") -> None:
     """See that the folder of a pipeline has a decoder of its own, before weights are read.
 
     Args:
         location: of its model_index.json and its autoencoder; others are passed over, as those of adapters, whose
             autoencoder may be elsewhere.
+        name: what the model is called; that of its folder by default.
 
     Raises:
         TinyDecoderError: there is none.
     """
     if (location / "model_index.json").is_file():
-        _own_beside([location / "vae", location], location.name)
+        _own_beside([location / "vae", location], name or location.name)
 
 
 def _own_beside(places: Sequence[Path], whose: str) -> str:
@@ -137,10 +139,10 @@ def read_decoder(location: str) -> TinyVideoDecoder:
     """
     path = Path(location).expanduser()
     try:
-        if path.is_file():
+        if os.path.isfile(path):  # of a name that is too long it is false, where Path raises
             return read_tiny(path)
-        if path.is_dir() or is_hub_id(location):
-            if path.is_dir():
+        if os.path.isdir(path) or is_hub_id(location):
+            if os.path.isdir(path):
                 path = _folder_of(path)
                 location = str(path)
             decoder = TinyVideoDecoder.from_pretrained(location, variant=variant_in(path))

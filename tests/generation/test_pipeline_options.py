@@ -38,6 +38,8 @@ def test_the_types_of_every_class_are_known_and_admit_its_defaults(name, monkeyp
         ("WanPipeline", {"attention_kwargs": 3}, r"is attention_kwargs=3: WanPipeline takes dict\[str, Any\] \| None"),
         ("WanPipeline", {"latents": 3}, r"is latents=3: WanPipeline takes torch.Tensor \| None there"),
         ("WanPipeline", {"num_videos_per_prompt": 2}, "a run makes one video. Run it again with another seed"),
+        ("WanPipeline", {"output_type": "latent"}, "a run makes frames, which are written to the file .*Leave it out"),
+        ("WanPipeline", {"callback_on_step_end": None}, "a run has its own, which counts the steps. Leave it out"),
         ("HunyuanVideoPipeline", {"true_cfg_scale": "6,0"}, "takes float there"),
         ("LTX2Pipeline", {"spatio_temporal_guidance_blocks": ["a"]}, r"takes list\[int\] \| None there"),
         ("HunyuanVideoFramepackPipeline", {"sampling_type": "f1"}, "takes 'vanilla' or 'inverted_anti_drifting'"),

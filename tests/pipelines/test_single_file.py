@@ -12,10 +12,14 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import vidaccel
 from vidaccel import demo
+from vidaccel.cli import app
 from vidaccel.generation.errors import BadInput
+from vidaccel.generation.tuning import api as tuning
+from vidaccel.pipelines.break_even import BreakEven
 from vidaccel.pipelines.few_steps.wan_names import renamed
 from vidaccel.pipelines.single_file import LayoutError, SingleFileError, pipeline_of
 from vidaccel.pipelines.weight_files import transformer_files, transformer_tensors, weights_of
@@ -167,6 +171,27 @@ def test_other_components_are_refused(tmp_path, file):
     (folder / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", "CogVideoXTransformer3DModel"]}))
     with pytest.raises(SingleFileError, match="has a CogVideoXTransformer3DModel, which diffusers does not read from"):
         pipeline_of(file, folder)
+
+
+def test_forecasts_break_even_and_tune_take_it(file, tmp_path, monkeypatch):
+    run, given = CliRunner().invoke, ["--model", str(file), "--components", "demo"]
+    size = ["--frames", "33", "--height", "128", "--width", "128"]
+    told = [run(app, ["info", "--forecast", *size, *some]) for some in (given, ["--model", "demo"])]
+    assert all(each.exit_code == 0 for each in told), told
+    words = [" ".join(each.stdout.split()) for each in told]
+    assert words[0][words[0].index("tokens") :] == words[1][words[1].index("tokens") :]
+    monkeypatch.setattr(tuning, "find_break_even", lambda *_, **__: BreakEven(None, 0, ()))
+    monkeypatch.setattr(tuning, "store", lambda *_: tmp_path)
+    keys = [
+        tuning.measured_break_even(given[0], components=given[1], device="cpu")[1]
+        for given in ((file, "demo"), ("demo", None))
+    ]
+    assert keys[0] == keys[1]
+    with pytest.raises(BadInput, match="components is demo: is of use only with a single file as the model"):
+        tuning.measured_break_even(heads=2, head_dim=16, components="demo")
+    monkeypatch.setattr(tuning, "carried_out", lambda plan, **_: plan)
+    plan = vidaccel.tune(file, "a red circle", components="demo", out=tmp_path / "tune", min_psnr=30, **SMALL)
+    assert plan.job.facts.location == str(pipeline_of(file, demo.path()))
 
 
 def test_generate_says_what_is_missing_or_of_no_use(file, tmp_path):
