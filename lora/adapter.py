@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, LORA_PREFIX
-from .checkpoint import replaced, save_tensors
 from .config import ConfigError, nearest
+from .written import replaced, save_tensors
 
 
 def add_lora(transformer: Any, targets: str | Sequence[str], rank: int, alpha: float, dropout: float = 0.0) -> None:

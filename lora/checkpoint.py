@@ -10,28 +10,26 @@ import random
 import shlex
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..autoencoders.checkpoint_file import other_than_weights
-from ..autoencoders.file_modes import as_new_files
 from ..pipelines.plain_content import object_in
 from ..pipelines.run_folder import ADAPTER, in_order, order_of
 from ..pipelines.run_folder import CHECKPOINT as _PREFIX
 from ..pipelines.run_folder import CHECKPOINT_FACTS as _FACTS
-from ..pipelines.whole_files import NotWritten, lacks_room, staged
+from ..pipelines.whole_files import NotWritten
+from .written import Tensors, flush, replaced, save_text, write, write_tensors
 
 logger = logging.getLogger(__name__)
 
-Tensors = dict[str, torch.Tensor]
 _FORMAT = 2
 """1 had no checksums."""
 _TENSORS = ("trained", "weights", "ema")
@@ -176,11 +174,11 @@ class CheckpointFolder:
         try:
             with replaced(target) as draft:
                 for name in _TENSORS:
-                    _write_tensors(draft / f"{name}.safetensors", getattr(checkpoint, name))
+                    write_tensors(draft / f"{name}.safetensors", getattr(checkpoint, name))
                 with open(draft / "state.pt", "wb") as file:
                     torch.save({"state": checkpoint.state, "random": checkpoint.random}, file)
-                    _flush(file)
-                _write(draft / "config.yaml", config.encode())
+                    flush(file)
+                write(draft / "config.yaml", config.encode())
                 if adapter is not None:
                     adapter(draft, checkpoint.trained | (checkpoint.ema or checkpoint.weights))
                 checksums = {name: _checksum(draft / name) for name in _FILES}
@@ -188,7 +186,7 @@ class CheckpointFolder:
                     "checksums": checksums,
                     "order": 1 + max((order_of(path) or 0 for path in self.saved()), default=0),
                 }
-                _write(draft / _FACTS, json.dumps(facts, indent=2).encode())
+                write(draft / _FACTS, json.dumps(facts, indent=2).encode())
         except (NotWritten, RuntimeError) as error:
             # torch.save reports a failed write as RuntimeError.
             told = error if isinstance(error, NotWritten) else NotWritten(target, error)
@@ -279,9 +277,13 @@ def _check_facts(facts: Mapping[str, Any]) -> None:
         raise ValueError(f"step in {_FACTS} is {facts['step']}, and total_steps {facts['total_steps']}")
 
 
-def remedy(error: Exception) -> str:
-    """Behind what could not be written, what to do about it, as the beginning of a sentence."""
-    return "Make room" if lacks_room(error) else "See that it can be"
+def _checksum(path: Path) -> str:
+    """CRC-32 of a file; neither safetensors nor torch look for damage that leaves the length."""
+    value = 0
+    with open(path, "rb") as file:
+        while part := file.read(2**24):
+            value = zlib.crc32(part, value)
+    return f"{value:08x}"
 
 
 def random_state() -> dict[str, Any]:
@@ -313,113 +315,3 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def save_tensors(
-    tensors: Tensors, path: str | Path, metadata: dict[str, str] | None = None, flush: bool = True
-) -> Path:
-    """Write a safetensors file whole, or not at all; `flush` also survives a loss of power, but takes time.
-
-    Raises:
-        NotWritten: it cannot be written.
-    """
-    path = Path(path)
-    with _replaced_file(path) as draft:
-        _write_tensors(draft, tensors, metadata, flush)
-    return path
-
-
-def save_text(text: str, path: Path) -> None:
-    """Write a file in UTF-8 whole, or not at all.
-
-    Raises:
-        NotWritten: it cannot be written.
-    """
-    with _replaced_file(path) as draft:
-        _write(draft, text.encode())
-
-
-@contextmanager
-def _replaced_file(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its name when the block succeeds and vanishes otherwise."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with staged(path) as draft:
-            yield draft
-    except (OSError, SafetensorError) as error:
-        raise NotWritten(path, error) from error
-
-
-@contextmanager
-def replaced(target: Path) -> Iterator[Path]:
-    """A folder beside `target` that takes its name when the block succeeds and vanishes otherwise.
-
-    Raises:
-        NotWritten: what the block, or this, could not write; of blocks inside one another, with the outer's path.
-    """
-    draft = target.with_name(f".{target.name}.part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir()
-        yield draft
-        _flush_folder(draft)
-        if target.exists():
-            # Such as the same step again, after a resume from before it. One rename cannot replace a folder that is not
-            # empty.
-            old = target.with_name(f".{target.name}.old.part")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(target, old)
-            try:
-                os.replace(draft, target)
-            except BaseException:
-                os.replace(old, target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(draft, target)
-        _flush_folder(target.parent)
-    except NotWritten as error:
-        raise NotWritten(target, error.reason) from error
-    except (OSError, SafetensorError) as error:
-        raise NotWritten(target, error) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        _flush(file)
-
-
-def _checksum(path: Path) -> str:
-    """CRC-32 of a file; neither safetensors nor torch look for damage that leaves the length."""
-    value = 0
-    with open(path, "rb") as file:
-        while part := file.read(2**24):
-            value = zlib.crc32(part, value)
-    return f"{value:08x}"
-
-
-def _flush(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "nt":
-        return  # folders cannot be opened there
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None, flush: bool = True) -> None:
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata)
-    as_new_files(path)
-    if flush:
-        with open(path, "rb+") as file:
-            _flush(file)

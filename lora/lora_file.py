@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from ..pipelines.adapter_header import FACTS
 from ..pipelines.run_folder import FILE, NoAdapter, adapter_path
-from .checkpoint import save_tensors
 from .config import ConfigError
+from .written import save_tensors
 
 COMFYUI_FILE = "comfyui_lora.safetensors"
 """Beside `FILE`, for models whose layers ComfyUI knows by other names than diffusers."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..attention.call_checks import NotFinite
-from .checkpoint import Checkpoint, CheckpointError, Tensors, random_state, remedy, set_random_state
+from .checkpoint import Checkpoint, CheckpointError, random_state, set_random_state
 from .config import as_yaml
 from .data.sampler import ClipSampler
 from .dataloader import batches, to_device
@@ -30,6 +30,7 @@ from .recipes.base import Phase
 from .run_context import RunContext
 from .sharding import all_finite
 from .stopping import Stopped, StopRequested
+from .written import Tensors, remedy
 
 logger = logging.getLogger(__name__)
 

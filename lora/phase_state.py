@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..pipelines.errors import few_of
-from .checkpoint import Checkpoint, CheckpointError, Tensors, set_random_state
+from .checkpoint import Checkpoint, CheckpointError, set_random_state
 from .ema import EMA
 from .sharding import copy_whole, optimizer_state, whole
 from .tracking import Means
+from .written import Tensors
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from ..pipelines.plain_content import json_of
 from . import wandb_run
-from .checkpoint import save_text
 from .config import ConfigError, flat
 from .progress import Progress
 from .settings import RunSettings
 from .tensorboard_events import add_file, forget_from
+from .written import save_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

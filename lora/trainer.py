@@ -22,7 +22,7 @@ from ..generation.errors import BadInput
 from ..generation.outputs import check_writable
 from ..pipelines.run_folder import RESULTS, SETTINGS
 from .begun_from import kept
-from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder, Tensors, remedy, save_tensors, save_text
+from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from .config import ConfigError, as_yaml, differences, load
 from .fsdp import check_plugin, plugin_of
 from .launched import check_accelerator, check_environment
@@ -37,6 +37,7 @@ from .settings import RunSettings
 from .step_clips import step_clips_differences
 from .stopping import Stopped, StopRequested
 from .tracking import Tracker, choose_tracker
+from .written import Tensors, remedy, save_tensors, save_text
 
 __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
 

@@ -7,7 +7,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import save_text
+from .written import save_text
 
 _NUMBER = "wandb_id.txt"
 """In the folder of the tracker: what wandb knows the run by."""

@@ -24,12 +24,12 @@ from ..adapter import AdaptedModel, add_lora, merge, save_adapter
 from ..backbones import open_backbone
 from ..backbones.base import Backbone, Text
 from ..backbones.folders import located, transformer_files
-from ..checkpoint import replaced, save_text
 from ..data.cache import fingerprint
 from ..data.latents import Latents
 from ..flow import noisy, sample_sigmas
 from ..generators import Generators
 from ..settings import PhaseSettings
+from ..written import replaced, save_text
 from .ae_adapt_settings import AEAdaptSettings
 from .base import Batch, Clips, Phase, load_trained
 from .encoded_clips import EncodedClipsRecipe

@@ -25,12 +25,12 @@ from ...pipelines.acceleration.sla_weights import (
 from ...pipelines.weight_files import stated_config, transformer_files, transformer_tensors
 from ..adapter import without_lora
 from ..backbones.base import Text
-from ..checkpoint import replaced
 from ..config import ConfigError
 from ..fsdp import DTYPES
 from ..generators import Generators
 from ..lora_file import read_facts
 from ..sparse_training import check_takes_sparse
+from ..written import replaced
 from .base import Batch, Phase, load_trained
 from .lora import FlowLora, TrainLora
 from .sla_settings import SLASettings

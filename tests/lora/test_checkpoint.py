@@ -14,16 +14,8 @@ import pytest
 import torch
 
 from vidaccel.lora import checkpoint as module
-from vidaccel.lora.checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointFolder,
-    random_state,
-    replaced,
-    save_tensors,
-    save_text,
-    set_random_state,
-)
+from vidaccel.lora.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, random_state, set_random_state
+from vidaccel.lora.written import replaced, save_tensors, save_text
 
 
 def make(step: int = 1, size: int = 8) -> Checkpoint:
@@ -128,7 +120,7 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, failing):
         if calls == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_flush", flush)
+    monkeypatch.setattr(written, "flush", flush)
     with pytest.raises(
         CheckpointError, match=r"No space left.*MiB are free there. The last good one is .*step_00000001"
     ):
@@ -266,7 +258,7 @@ def test_tensors_are_written_whole(tmp_path, monkeypatch):
     def fail(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(module, "_flush", fail)
+    monkeypatch.setattr(written, "flush", fail)
     with pytest.raises(OSError, match="No space"):
         save_tensors({"a": torch.zeros(2)}, path)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
