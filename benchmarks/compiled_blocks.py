@@ -34,7 +34,7 @@ def measure(layout: VideoLayout, name: str, density: float, rounds: int, steps: 
     from diffusers import WanTransformer3DModel
 
     from vidaccel import DenseSchedule, accelerate, demo
-    from vidaccel.generation.step_times import quick_method, wan_inputs
+    from vidaccel.generation.showcase.step_times import quick_method, wan_inputs
     from vidaccel.pipelines.acceleration.families import find_transformers
     from vidaccel.pipelines.presets import Compile, Quantize
     from vidaccel.pipelines.presets.compiling import compile_blocks

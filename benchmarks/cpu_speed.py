@@ -44,7 +44,7 @@ def measure_steps(layout: VideoLayout, density: float, rounds: int, backend: str
     from diffusers import WanTransformer3DModel
 
     from vidaccel import demo
-    from vidaccel.generation.step_times import StepTimes, quick_method, step_times, wan_inputs
+    from vidaccel.generation.showcase.step_times import StepTimes, quick_method, step_times, wan_inputs
 
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer").eval()
     methods = {"dense": None, **{name: quick_method(name, layout, density) for name in METHODS}}
@@ -138,7 +138,7 @@ def main(
     """Measure at a density, on `--videos` (frames, 4k+1, x pixels of a side); `--threads 0` leaves them to torch."""
     import torch
 
-    from vidaccel.generation.step_times import MEASURED_STEPS
+    from vidaccel.generation.showcase.step_times import MEASURED_STEPS
 
     out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
 

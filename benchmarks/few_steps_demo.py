@@ -51,7 +51,7 @@ class Way:
     @property
     def digest(self) -> str:
         """Of the adapter's file."""
-        from vidaccel.generation.showcase import file_digest
+        from vidaccel.generation.showcase.measured import file_digest
 
         return "" if self.adapter is None else file_digest(self.adapter)
 

@@ -38,8 +38,8 @@ def made(pipe: Any, location: str, preset: Any, number: int, size: dict[str, int
 
     import vidaccel
     from vidaccel.demo.checker import check
-    from vidaccel.generation.model_facts import inspect_model
-    from vidaccel.generation.request import Settings
+    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.requests.settings import Settings
     from vidaccel.generation.run import run, warm_up
 
     prompt = vidaccel.demo.HELD_OUT_PROMPTS[number]
@@ -61,7 +61,7 @@ def measured(
     pipes: dict[str, Any], rows: dict[str, Any], number: int, size: dict[str, int]
 ) -> dict[str, dict[str, Any]]:
     """All of them for one held-out prompt."""
-    from vidaccel.generation.comparison import compare
+    from vidaccel.generation.report.comparison import compare
 
     found, plain = {}, {}
     for name, preset in rows.items():
@@ -104,7 +104,7 @@ def main(
     """Measure, and write preset_demo.jsonl (prompt by prompt), preset_demo.csv and preset_demo.md."""
     import torch
 
-    from vidaccel.generation.model_facts import inspect_model
+    from vidaccel.generation.models.facts import inspect_model
     from vidaccel.generation.run import load
 
     torch.set_num_threads(1)

@@ -130,7 +130,7 @@ def measure(
     from vidaccel.attention.methods.base import OutOfReach
     from vidaccel.demo.checker import check
     from vidaccel.demo.evaluate import sample
-    from vidaccel.generation.comparison import compare
+    from vidaccel.generation.report.comparison import compare
 
     begin = time.perf_counter()
     pipe = WanPipeline.from_pretrained(demo.path()).to(device)

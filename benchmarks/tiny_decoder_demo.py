@@ -43,7 +43,7 @@ def rows_of(pipe: Any, steps: int, number: int) -> dict[str, dict[str, Any]]:
 def write(found: list[dict[str, dict[str, Any]]], steps: int, out: Path, accuracy: Path | None, digest: str) -> None:
     """The table, and what `vidaccel demo` quotes."""
     from vidaccel import demo
-    from vidaccel.generation.showcase import own_decoder
+    from vidaccel.generation.showcase.measured import own_decoder
 
     parameters = sum(file.stat().st_size for file in (demo.path(demo.DC) / "tiny_decoder").glob("*.safetensors")) // 2
     table = []
@@ -98,7 +98,7 @@ def main(
 
     import vidaccel
     from vidaccel import demo
-    from vidaccel.generation.showcase import file_digest
+    from vidaccel.generation.showcase.measured import file_digest
     from vidaccel.pipelines.guidance_free import read_adapter
 
     torch.set_num_threads(1)

@@ -149,7 +149,7 @@ def workloads(frames: int, methods: Sequence[str]) -> dict[str, Callable[[], obj
     from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
     from vidaccel import AutoencoderDCV, DenseSchedule, VideoLayout, accelerate, demo
-    from vidaccel.generation.step_times import quick_method
+    from vidaccel.generation.showcase.step_times import quick_method
 
     layout = VideoLayout((frames - 1) // 4 + 1, PIXELS // 16, PIXELS // 16)
     transformer = WanTransformer3DModel.from_pretrained(demo.path(), subfolder="transformer").eval()

@@ -117,9 +117,9 @@ def find(work: Path, confirm: int, found: dict[str, dict[str, Any]]) -> dict[str
 def measure(work: Path, found: dict[str, dict[str, Any]], count: int) -> dict[str, list[dict[str, Any]]]:
     """Row -> of each prompt its PSNR, CPU-seconds, and passes."""
     from vidaccel import Preset, apply, demo
-    from vidaccel.generation.comparison import compare
-    from vidaccel.generation.model_facts import inspect_model
-    from vidaccel.generation.request import Settings
+    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.report.comparison import compare
+    from vidaccel.generation.requests.settings import Settings
     from vidaccel.generation.run import run, warm_up
     from vidaccel.generation.tuning.trajectory import as_bytes
 
@@ -177,7 +177,7 @@ def interval(differences: list[float]) -> str:
 
 def of_mean_error(rows: list[dict[str, Any]]) -> str:
     """The PSNR of the mean squared error: some videos to the bit as dense, which count as 100 dB, do not carry it."""
-    from vidaccel.generation import decibel
+    from vidaccel.generation.report.page import decibel
 
     return f"{decibel.of_mean_error(row['psnr'] for row in rows):.1f}"
 

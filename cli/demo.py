@@ -12,7 +12,7 @@ from .options import Threads, use_threads
 from .terminal import command_line, console, page_line, tell_before, then_printed
 
 if TYPE_CHECKING:
-    from ..generation.showcase import Showcase
+    from ..generation.showcase.measured import Showcase
 
 PROMPT = "a blue triangle moves right on a white background"
 
@@ -36,12 +36,12 @@ def demo_command(
 ) -> None:
     """Make a video with the built-in models, and a page that shows what each lever gains on this CPU."""
     with one_line_errors():
-        from ..generation.model_places import DEMOS
+        from ..generation.media.video import check_encoder
+        from ..generation.models.places import DEMOS
         from ..generation.outputs import check_file, check_files
-        from ..generation.prompts import unknown_note
-        from ..generation.showcase import showcase
-        from ..generation.showcase_page import write_showcase
-        from ..generation.video import check_encoder
+        from ..generation.requests.prompts import unknown_note
+        from ..generation.showcase.measured import showcase
+        from ..generation.showcase.page import write_showcase
 
         check_file("out", out, ".html")
         check_files("out", out, [out, out.with_suffix(".json"), out.with_suffix(".png")], {})
@@ -62,8 +62,8 @@ def demo_command(
 def _print(made: Showcase) -> None:
     from rich.table import Table
 
-    from ..generation.report import format_seconds
-    from ..generation.showcase_page import NAMES
+    from ..generation.report.page import format_seconds
+    from ..generation.showcase.page import NAMES
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("lever")

@@ -223,14 +223,14 @@ def generate_command(
             raise typer.Exit(start(count))
         from ..generation.api import carry_out, check_files_of, check_outputs, compared
         from ..generation.job import prepare
-        from ..generation.model_places import DEMOS
+        from ..generation.levers.presets import request_preset
+        from ..generation.models.places import DEMOS
         from ..generation.outputs import check_file
-        from ..generation.presets import request_preset
         from ..generation.progress import bars
-        from ..generation.report import write_report
-        from ..generation.request import Settings
-        from ..generation.sparse import Sparse
-        from ..generation.values import check_name
+        from ..generation.report.page import write_report
+        from ..generation.requests.settings import Settings
+        from ..generation.requests.sparse import Sparse
+        from ..generation.requests.values import check_name
         from .terminal import command_line, page_line, print_summary, printing, then_printed
 
         settings = Settings(

@@ -32,7 +32,7 @@ def methods_command(
             _print_families()
         return
     from ..attention import METHODS
-    from ..generation.methods import DEFAULT_METHOD, DENSE, MIN_SPARSE_TOKENS
+    from ..generation.levers.methods import DEFAULT_METHOD, DENSE, MIN_SPARSE_TOKENS
 
     table = Table(show_header=False, show_lines=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
@@ -153,10 +153,10 @@ def _print_forecast(
 
     from ..generation.forecast import forecast
     from ..generation.machine import choose_dtype
-    from ..generation.model_facts import inspect_model
-    from ..generation.pipeline_options import check_options
-    from ..generation.request import Settings
-    from ..generation.single_file import whole_model
+    from ..generation.models.facts import inspect_model
+    from ..generation.models.single_file import whole_model
+    from ..generation.requests.pipeline_options import check_options
+    from ..generation.requests.settings import Settings
 
     model = whole_model(model, components)
     facts = inspect_model(model)

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..generation.errors import BadInput
-from ..generation.values import count_or_share
+from ..generation.requests.values import count_or_share
 
 Device = Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16; auto is bfloat16 but on a CPU.")]

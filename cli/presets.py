@@ -85,10 +85,10 @@ def waterfall_command(
 ) -> None:
     """Seconds and error after each lever of PRESET is added to the plain base, all measured in one process."""
     with one_line_errors(arguments=("preset",), options=("prompt",), by_blocks=offload_blocks):
-        from ..generation.local_files import local_files
+        from ..generation.levers.presets import request_preset
         from ..generation.outputs import check_file, check_files
-        from ..generation.presets import request_preset
-        from ..generation.prompts import unknown_note
+        from ..generation.requests.local_files import local_files
+        from ..generation.requests.prompts import unknown_note
         from ..generation.waterfall.api import waterfall
         from ..generation.waterfall.page import write_waterfall
 
@@ -142,7 +142,7 @@ def lines_of(file: Path | None) -> list[str]:
 def built_in_prompts(model: str) -> list[str]:
     """Prompts that the built-in models can show, evenly spread over those that training never saw."""
     from ..demo import HELD_OUT_PROMPTS
-    from ..generation.model_places import DEMOS
+    from ..generation.models.places import DEMOS
 
     if model not in DEMOS:
         raise BadInput("prompt", "is needed for this model", "Give one, or several.")
@@ -153,7 +153,7 @@ def _print_table(made: Waterfall, said: Collection[str] = ()) -> None:
     """Print what was found, without the notes that were said before it."""
     from rich.table import Table
 
-    from ..generation.report import OVER_WHAT_DIFFERS, format_psnr, format_seconds
+    from ..generation.report.page import OVER_WHAT_DIFFERS, format_psnr, format_seconds
     from ..generation.waterfall.page import row_name, row_notes
 
     table = Table(box=None, padding=(0, 2, 0, 0))

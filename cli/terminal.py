@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..generation.comparison import Comparison, FrameMetrics, GeneratedVideo
+    from ..generation.report.comparison import Comparison, FrameMetrics, GeneratedVideo
 
 
 def show_what_can_be_shown() -> None:
@@ -145,7 +145,7 @@ def print_summary(
     """
     from rich.table import Table
 
-    from ..generation.report import OVER_WHAT_DIFFERS, format_seconds
+    from ..generation.report.page import OVER_WHAT_DIFFERS, format_seconds
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("method")
@@ -181,7 +181,7 @@ def print_summary(
 
 
 def _psnr(metrics: FrameMetrics) -> str:
-    from ..generation.report import format_psnr
+    from ..generation.report.page import format_psnr
 
     return format_psnr(metrics.mean_psnr, metrics.leaves_out)
 

@@ -87,7 +87,7 @@ def tune_command(
     The exit code is 3 where nothing is within the budget.
     """
     with one_line_errors(lambda: _kept(out), by_blocks=offload_blocks):
-        from ..generation.prompts import unknown_note
+        from ..generation.requests.prompts import unknown_note
         from ..generation.tuning.api import PAGE, PRESET, tune
         from ..generation.tuning.result import FOUND, NOTHING
         from ..generation.tuning.space import CACHES, LEVERS, METHODS
@@ -193,7 +193,7 @@ def _print_table(made: Tuned, said: Collection[str] = ()) -> None:
     """Print what was found, without the notes that were said before it."""
     from rich.table import Table
 
-    from ..generation.report import format_psnr, format_seconds
+    from ..generation.report.page import format_psnr, format_seconds
 
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("preset", overflow="fold")

@@ -140,7 +140,7 @@ def built_in(card: Card, **settings: Any) -> tuple[np.ndarray, np.ndarray | None
 
 def result(card: Card, folder: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
     """The newest result of a workflow in a folder; None where there is none."""
-    from vidaccel.generation.video_reader import read_video
+    from vidaccel.generation.media.video_reader import read_video
 
     files = sorted(folder.glob(f"{card.name}_[0-9]*.mp4"), key=lambda file: file.stat().st_mtime)
     if not files:

@@ -10,28 +10,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
-from .comparison import Comparison, GeneratedVideo
 from .crew import Crew, joined
-from .described import call_text, described
 from .errors import BadInput, mention, worded
 from .forecast import decoding_note
-from .guidance import guided_by, placed
 from .job import Job, prepare
-from .length import roped
-from .local_files import local_files
-from .loras import attach
+from .levers.guidance import guided_by, placed
+from .levers.length import roped
+from .levers.loras import attach
+from .levers.methods import measured_note
+from .levers.presets import refusals, request_preset
 from .machine import environment
-from .methods import measured_note
+from .media.video import check_encoder
 from .outputs import check_file, check_files
-from .preset_request import said_of_preset
-from .presets import refusals, request_preset
 from .progress import bars
-from .report import files_beside, video_file, write_report
-from .request import Settings
+from .report.comparison import Comparison, GeneratedVideo
+from .report.described import call_text, described
+from .report.page import files_beside, video_file, write_report
+from .requests.filled import said_of_preset
+from .requests.local_files import local_files
+from .requests.settings import Settings
+from .requests.sparse import Sparse
+from .requests.values import check_switches, file_name
 from .run import NoteCallback, StageCallback, load, make_videos
-from .sparse import Sparse
-from .values import check_switches, file_name
-from .video import check_encoder
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.lora_files import LoraFile
     from ..pipelines.presets import Cache, Compile, Preset, Quantize
-    from .options import GenerateOptions
+    from .requests.options import GenerateOptions
 
 
 logger = logging.getLogger(__name__)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import BadInput
+from .media.sound import Sound
 from .rows import PipelineRow, find_row
-from .sound import Sound
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-    from .request import Settings
+    from .requests.settings import Settings
 
 StepEnd = Callable[[Any], None]
 """Called with the latents at the end of each step."""

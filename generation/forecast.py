@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .calls import parts_of, row_of
 from .errors import BadInput, mention
-from .methods import DEFAULT_METHOD, MIN_SPARSE_TOKENS
-from .model_facts import ModelFacts
-from .pipeline_options import check_options
-from .request import Settings
+from .levers.methods import DEFAULT_METHOD, MIN_SPARSE_TOKENS
+from .models.facts import ModelFacts
+from .requests.pipeline_options import check_options
+from .requests.settings import Settings
 
 if TYPE_CHECKING:
     import torch

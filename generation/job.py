@@ -7,28 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapter_places import model_note, taken_notes
 from .calls import as_class, check_untouched, dtype_of
-from .comparison import check_comparable
 from .errors import BadInput, mention, refuse_given
-from .guidance import check_guidance, guidance_adapters, own_adapters, placed, suited
-from .length import (
+from .levers.adapter_places import model_note, taken_notes
+from .levers.guidance import check_guidance, guidance_adapters, own_adapters, placed, suited
+from .levers.length import (
     built_in_lora,
     check_bases,
     check_trained,
     chosen_riflex,
     trained_lengths,
 )
-from .local_files import local_files
-from .lora_fit import check_fits, trained_elsewhere, trained_otherwise
-from .loras import check_targets, lora_files
-from .machine import (
-    check_formats,
-    check_runs,
-    choose_device,
-    choose_dtype,
-)
-from .methods import (
+from .levers.lora_fit import check_fits, trained_elsewhere, trained_otherwise
+from .levers.loras import check_targets, lora_files
+from .levers.methods import (
     DENSE,
     check_methods,
     check_sparse_only,
@@ -38,9 +30,7 @@ from .methods import (
     trained_note,
     whole_note,
 )
-from .model_facts import ModelFacts, inspect_model, inspect_pipeline, variant
-from .preset_request import Filled, filled, said_of_preset
-from .presets import (
+from .levers.presets import (
     beside,
     check_beside,
     check_guidance_cache,
@@ -49,15 +39,25 @@ from .presets import (
     measured_note,
     other_model_note,
 )
+from .levers.run_methods import methods_of_runs
+from .levers.sla import sla_adapters, trained_method
+from .levers.vsa import trained_settings
+from .machine import (
+    check_formats,
+    check_runs,
+    choose_device,
+    choose_dtype,
+)
+from .models.facts import ModelFacts, inspect_model, inspect_pipeline, variant
+from .models.single_file import whole_model
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
-from .prompts import unknown_note
-from .request import INPUTS, Settings
-from .run_methods import methods_of_runs
-from .single_file import whole_model
-from .sla import sla_adapters, trained_method
-from .sparse import Sparse
+from .report.comparison import check_comparable
+from .requests.filled import Filled, filled, said_of_preset
+from .requests.local_files import local_files
+from .requests.prompts import unknown_note
+from .requests.settings import INPUTS, Settings
+from .requests.sparse import Sparse
 from .tuning.store import limit_of
-from .vsa import trained_settings
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..pipelines.device_names import cpu_words, gpu_words
 from ..pipelines.nearest_name import nearest
 from .errors import BadInput, mention
-from .model_places import DEMOS
+from .models.places import DEMOS
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from typing import IO
 
 from ..pipelines.whole_files import is_stream
 from .errors import BadInput, mention
-from .values import check_name
+from .requests.values import check_name
 
 
 def check_file(field: str, path: Path, suffix: str) -> None:

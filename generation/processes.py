@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from ..attention.layout import VideoLayout
     from ..pipelines.presets import Preset
-    from .model_facts import ModelFacts
-    from .request import Settings
+    from .models.facts import ModelFacts
+    from .requests.settings import Settings
 
 GUIDANCE, SEQUENCE = "guidance", "sequence"
 SHARED = ("auto", GUIDANCE, SEQUENCE, "both")

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .calls import call_arguments, dtype_of, frames_of, guided, parts_of, row_of, sound_of, stepped
-from .comparison import GeneratedVideo
 from .compiled import counted, included
 from .errors import BadInput, worded
+from .levers.presets import refusals
 from .machine import synchronise
-from .model_facts import ModelFacts, check_packages
-from .pipeline_options import refusals as refused_options
-from .presets import refusals
-from .request import DEFAULT_FPS, Settings
-from .scheduler_noise import seeded
-from .sound import Sound
-from .text_limit import reading
+from .media.sound import Sound
+from .models.facts import ModelFacts, check_packages
+from .models.scheduler_noise import seeded
+from .report.comparison import GeneratedVideo
+from .requests.pipeline_options import refusals as refused_options
+from .requests.settings import DEFAULT_FPS, Settings
+from .requests.text_limit import reading
 
 if TYPE_CHECKING:
     from pathlib import Path

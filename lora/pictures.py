@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..generation.video import write_mp4
+from ..generation.media.video import write_mp4
 
 logger = logging.getLogger(__name__)
 

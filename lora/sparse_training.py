@@ -8,7 +8,7 @@ from typing import Any
 from ..attention.backends import check_backend
 from ..attention.layout import VideoLayout
 from ..generation.errors import BadInput
-from ..generation.methods import DENSE, build_method, check_methods
+from ..generation.levers.methods import DENSE, build_method, check_methods
 from ..pipelines.acceleration.families import FAMILIES
 from .config import ConfigError
 

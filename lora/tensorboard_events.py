@@ -60,7 +60,7 @@ def _gif(file: Path) -> tuple[bytes, tuple[int, int]]:
     """A video as an animated GIF, and its width and height."""
     from PIL import Image
 
-    from ..generation.video_reader import read_video
+    from ..generation.media.video_reader import read_video
 
     pixels, fps = read_video(file)
     frames = [Image.fromarray(frame) for frame in pixels]

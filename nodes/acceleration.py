@@ -11,7 +11,7 @@ from ..attention import METHODS as SPARSE_METHODS
 from ..attention.methods.base import OutOfReach
 from ..attention.schedule import OTHERWISE
 from ..generation.errors import BadInput
-from ..generation.methods import DEFAULT_METHOD, build_method
+from ..generation.levers.methods import DEFAULT_METHOD, build_method
 from ..generation.tuning.store import limit_of
 from .defaults import defaults_of
 from .limits import chosen_limit, too_short
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..attention import Method, RunReport, VideoLayout
-    from ..generation.model_facts import ModelFacts
+    from ..generation.models.facts import ModelFacts
 
 OWN = defaults_of(SPARSE_METHODS[DEFAULT_METHOD])
 # A field of `DenseSchedule` -> the input that sets it.

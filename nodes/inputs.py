@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from ..generation.inputs import VideoSource
-from ..generation.model_facts import ModelFacts
-from ..generation.request import Settings
+from ..generation.models.facts import ModelFacts
+from ..generation.requests.inputs import VideoSource
+from ..generation.requests.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np

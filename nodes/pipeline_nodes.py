@@ -12,11 +12,11 @@ from comfy_api.latest import InputImpl, Types, io
 
 from ..attention import METHODS as SPARSE_METHODS
 from ..generation.errors import BadInput
+from ..generation.levers.methods import DEFAULT_METHOD
 from ..generation.machine import DTYPES
-from ..generation.methods import DEFAULT_METHOD
-from ..generation.request import Settings
+from ..generation.requests.settings import Settings
+from ..generation.requests.values import MAX_SEED
 from ..generation.run import StepCallback
-from ..generation.values import MAX_SEED
 from . import pipelines, previews
 from .acceleration import METHODS, Acceleration
 from .adapter_files import State, state_of_pipeline

@@ -15,14 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.calls import as_class, dtype_of
 from ..generation.errors import BadInput
-from ..generation.guidance import check_adapters, check_guidance, guidance_adapters, guided_by, own_adapters, suited
-from ..generation.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
-from ..generation.lora_fit import trained_elsewhere
+from ..generation.levers.guidance import (
+    check_adapters,
+    check_guidance,
+    guidance_adapters,
+    guided_by,
+    own_adapters,
+    suited,
+)
+from ..generation.levers.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
+from ..generation.levers.lora_fit import trained_elsewhere
 from ..generation.machine import check_runs, choose_dtype
-from ..generation.model_facts import ModelFacts, inspect_model
-from ..generation.model_places import DEMOS
+from ..generation.models.facts import ModelFacts, inspect_model
+from ..generation.models.places import DEMOS
 from ..generation.packages import lacking
-from ..generation.request import Settings
+from ..generation.requests.settings import Settings
 from ..generation.run import Run, StepCallback
 from ..generation.run import load as load_pipeline
 from ..generation.run import run as run_pipeline
@@ -38,7 +45,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention import VideoLayout
-    from ..generation.sound import Sound
+    from ..generation.media.sound import Sound
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.length.trained import TrainedLength
     from ..pipelines.presets import Preset

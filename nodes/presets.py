@@ -11,8 +11,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..generation.methods import SET_BY_DENSITY
-from ..generation.presets import request_preset
+from ..generation.levers.methods import SET_BY_DENSITY
+from ..generation.levers.presets import request_preset
 from .adapter_files import State, state_of
 from .pipelines import VideoPipeline, require_packages
 from .wording import InputError, plain_messages
@@ -118,8 +118,8 @@ def with_preset(pipeline: VideoPipeline, preset: Preset) -> VideoPipeline:
             pipeline of ComfyUI's cannot have; or a package is missing.
     """
     require_packages("presets for pipelines need")
-    from ..generation.presets import check_beside
-    from ..generation.request import Settings
+    from ..generation.levers.presets import check_beside
+    from ..generation.requests.settings import Settings
 
     if pipeline.preset is not None:
         raise InputError(f"the preset {pipeline.preset.name} is there already: connect the pipeline from before it.")

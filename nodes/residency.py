@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
     from ..attention import Method, VideoLayout
-    from ..generation.request import Settings
+    from ..generation.requests.settings import Settings
 
 
 class Residency:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..generation.errors import BadInput
-from ..generation.sla import trained_method
+from ..generation.levers.sla import trained_method
 from .acceleration import Acceleration
 from .learned_layers import check_wan
 from .pipelines import require_packages
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..attention import Method, RunReport, VideoLayout
-    from ..generation.model_facts import ModelFacts
+    from ..generation.models.facts import ModelFacts
     from ..pipelines.acceleration.sla import SLAAdapter
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..attention import BACKENDS, SVG, SVG2, Method, Radial, Sparge, Tangent, VideoLayout
 from ..attention.methods.base import check_fraction
-from ..generation.methods import MIN_SPARSE_TOKENS
+from ..generation.levers.methods import MIN_SPARSE_TOKENS
 from .defaults import Defaults, defaults_of
 from .native_models import supported_models
 from .patch import sparsify

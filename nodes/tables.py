@@ -11,8 +11,8 @@ import torch
 
 from ..attention import CallRecord, RunReport
 from ..attention.records import percent
-from ..generation.figures import heat_map
-from ..generation.report import HeatMap, format_seconds, heat_maps
+from ..generation.report.figures import heat_map
+from ..generation.report.page import HeatMap, format_seconds, heat_maps
 from .news import News, why_dense
 
 

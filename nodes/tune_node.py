@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from comfy_api.latest import io, ui
 
+from ..generation.requests.values import MAX_SEED
 from ..generation.tuning.space import EFFORTS
-from ..generation.values import MAX_SEED
 from .pipeline_nodes import CATEGORY, Pipeline
 from .preset_nodes import Preset
 from .schema import accepted

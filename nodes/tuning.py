@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from ..generation.errors import BadInput
-from ..generation.request import Settings
+from ..generation.requests.settings import Settings
 from ..generation.tuning.api import carried_out
 from ..generation.tuning.budget import Budget
 from ..generation.tuning.plan import PAGE, PRESET, Plan, planned
@@ -151,7 +151,7 @@ def _check_plain(pipeline: VideoPipeline) -> None:
 
 def _neediest(plan: Plan) -> Method | None:
     """The method that takes the most memory beside the model, so that ComfyUI makes room for all."""
-    from ..generation.methods import build_method
+    from ..generation.levers.methods import build_method
 
     row, layout = plan.job.facts.row, plan.job.layout
     found: list[Method] = []

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from ...pipelines.presets.preset import OWN
 from ..errors import BadInput, mention
-from ..guidance import adapters_beside, check_guidance, guidance_adapters, own_files, placed, transformers_of
+from ..levers.guidance import adapters_beside, check_guidance, guidance_adapters, own_files, placed, transformers_of
 
 if TYPE_CHECKING:
     from ...pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..job import Job
-    from ..model_facts import ModelFacts
+    from ..models.facts import ModelFacts
 
 
 @dataclass(frozen=True)

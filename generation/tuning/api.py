@@ -15,14 +15,14 @@ from ...pipelines.break_even import BreakEven, Key
 from ..alone import alone
 from ..errors import BadInput, mention
 from ..job import Job
+from ..levers.methods import DEFAULT_METHOD
 from ..machine import check_runs, choose_device, choose_dtype, environment
-from ..methods import DEFAULT_METHOD
-from ..model_facts import inspect_model
-from ..prompts import in_words, unknown_note
+from ..models.facts import inspect_model
+from ..models.schedulers import changed_scheduler, scheduler_words, stated
+from ..models.single_file import whole_model
+from ..requests.prompts import in_words, unknown_note
+from ..requests.values import check_switches, count, number
 from ..run import load
-from ..schedulers import changed_scheduler, scheduler_words, stated
-from ..single_file import whole_model
-from ..values import check_switches, count, number
 from .bench import Bench, Done
 from .break_even import find_break_even, timer
 from .budget import Budget

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from ...pipelines.whole_files import write_bytes
-from ..comparison import compare
 from ..compiled import uncompiled
 from ..errors import BadInput, worded
-from ..presets import refusals
-from ..request import Settings
+from ..levers.presets import refusals
+from ..report.comparison import compare
+from ..requests.settings import Settings
 from ..run import GenerationError, run, warm_up
 from .adapters import AdapterLever
 from .journal import Journal

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...pipelines.break_even import BreakEven
+from ..levers.methods import DEFAULT_METHOD
 from ..machine import synchronise
-from ..methods import DEFAULT_METHOD
 
 if TYPE_CHECKING:
     import torch

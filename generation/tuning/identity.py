@@ -12,7 +12,7 @@ from ...pipelines.plain_content import object_in
 from ...pipelines.run_folder import FILE
 from ...pipelines.weight_files import adapter_folder, add_samples, stated_config, transformer_file, transformer_files
 from ..machine import environment, version_of
-from ..schedulers import stated, stated_in_files
+from ..models.schedulers import stated, stated_in_files
 
 if TYPE_CHECKING:
     from ..job import Job

@@ -6,8 +6,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..figures import figure_svg, pareto_chart
-from ..report import template, write_numbers, write_text
+from ..report.figures import figure_svg, pareto_chart
+from ..report.page import template, write_numbers, write_text
 from .result import Tuned
 
 if TYPE_CHECKING:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from ...pipelines.nearest_name import nearest
 from ...pipelines.presets.files import TUNED
-from ..comparison import check_comparable
 from ..errors import BadInput, mention
 from ..job import Job, prepare
+from ..levers.presets import uncompiled, unquantised
 from ..outputs import check_writable
-from ..presets import uncompiled, unquantised
-from ..prompts import prompts_with_seeds
-from ..request import Settings
-from ..sparse import Sparse
-from ..values import count, file_name, places
+from ..report.comparison import check_comparable
+from ..requests.prompts import prompts_with_seeds
+from ..requests.settings import Settings
+from ..requests.sparse import Sparse
+from ..requests.values import count, file_name, places
 from .adapters import AdapterLever, adapter_levers
 from .budget import Budget
 from .identity import identity_of
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from ...pipelines.guidance_cache.settings import GuidanceCache
     from ...pipelines.presets import Compile, Quantize
-    from ..model_facts import ModelFacts
+    from ..models.facts import ModelFacts
 
 _NO_ERROR = "an adapter makes other passes than the dense run, so its steps have no error against it"
 PRESET = TUNED

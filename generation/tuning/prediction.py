@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from ...attention.schedule import DenseSchedule, StepInfo
-from ..decibel import decibel, square
+from ..report.decibel import decibel, square
 from .space import Candidate
 from .trajectory import Probe
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..decibel import of_mean_error
+from ..report.decibel import of_mean_error
 from .budget import Budget
 from .prediction import Prediction
 from .space import Candidate

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...attention.methods.description import in_words
 from ..errors import BadInput
+from ..levers.methods import build_method
 from ..machine import check_stand_ins
-from ..methods import build_method
 
 if TYPE_CHECKING:
     import torch

@@ -13,7 +13,7 @@ from ..outputs import check_writable
 if TYPE_CHECKING:
     import torch
 
-    from ..model_facts import ModelFacts
+    from ..models.facts import ModelFacts
 
 
 CACHE = "HF_ASSETS_CACHE"

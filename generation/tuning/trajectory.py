@@ -27,7 +27,7 @@ from ..run import run
 
 if TYPE_CHECKING:
     from ...pipelines.presets import Preset
-    from ..request import Settings
+    from ..requests.settings import Settings
 
 Clock = Callable[[], float]
 """Seconds from some start; `time.perf_counter`, but for tests."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..comparison import mean_psnr, over_what_differs
+from ..report.comparison import mean_psnr, over_what_differs
 from .stages import Stage
 
 if TYPE_CHECKING:

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..comparison import FrameMetrics, check_comparable, compare
 from ..compiled import included, uncompiled
 from ..errors import BadInput, mention, worded
+from ..levers.presets import LEVERS, check_beside, refusals, request_preset
 from ..machine import environment
-from ..model_facts import ModelFacts
-from ..model_places import DEMOS
-from ..preset_request import said_of_preset
-from ..presets import LEVERS, check_beside, refusals, request_preset
+from ..models.facts import ModelFacts
+from ..models.places import DEMOS
+from ..models.schedulers import scheduler_words, stated
 from ..progress import bars
-from ..prompts import in_words, prompts_with_seeds, unknown_note
-from ..request import Settings
+from ..report.comparison import FrameMetrics, check_comparable, compare
+from ..requests.filled import said_of_preset
+from ..requests.prompts import in_words, prompts_with_seeds, unknown_note
+from ..requests.settings import Settings
+from ..requests.values import count
 from ..run import Run, run, warm_up
-from ..schedulers import scheduler_words, stated
-from ..values import count
 from .account import Row, Waterfall
 from .models import Models
 from .stages import BASE, Stage, stages

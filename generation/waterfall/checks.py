@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import BadInput
-from ..guidance import check_guidance, guidance_adapters, own_adapters, placed
-from ..lora_fit import check_fits
-from ..loras import check_targets, lora_files
+from ..levers.guidance import check_guidance, guidance_adapters, own_adapters, placed
+from ..levers.lora_fit import check_fits
+from ..levers.loras import check_targets, lora_files
+from ..levers.presets import check_scheduler, refusals
+from ..levers.sla import check_learned, sla_adapters
 from ..machine import check_formats, check_runs, check_second_stage, check_stand_ins
-from ..preset_request import said_of_preset
-from ..presets import check_scheduler, refusals
-from ..sla import check_learned, sla_adapters
+from ..requests.filled import said_of_preset
 
 if TYPE_CHECKING:
     from ...pipelines.presets import Preset
-    from ..model_facts import ModelFacts
-    from ..request import Settings
+    from ..models.facts import ModelFacts
+    from ..requests.settings import Settings
 
 
 def check_named(

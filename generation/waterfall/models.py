@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..calls import check_untouched, dtype_of
+from ..levers.presets import LEVERS, refusals
 from ..machine import choose_device, choose_dtype
-from ..model_facts import ModelFacts, inspect_model, inspect_pipeline
-from ..preset_request import said_of_preset
-from ..presets import LEVERS, refusals
-from ..request import Settings
+from ..models.facts import ModelFacts, inspect_model, inspect_pipeline
+from ..requests.filled import said_of_preset
+from ..requests.settings import Settings
 from ..run import load
 from .checks import check_named
 from .stages import Stage

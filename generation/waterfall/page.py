@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..figures import figure_svg, waterfall_chart
-from ..report import format_psnr, format_seconds, template, write_numbers, write_text
-from ..video import contact_sheet, data_url, png
+from ..media.video import contact_sheet, data_url, png
+from ..report.figures import figure_svg, waterfall_chart
+from ..report.page import format_psnr, format_seconds, template, write_numbers, write_text
 from .account import Row, Waterfall
 
 

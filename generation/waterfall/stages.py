@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
-from ..guidance import own_adapters
-from ..model_facts import inspect_model
+from ..levers.guidance import own_adapters
+from ..models.facts import inspect_model
 
 if TYPE_CHECKING:
     from ...pipelines.presets import Preset

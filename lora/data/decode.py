@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...generation.media import Cut, Media, Undecodable
-from ...generation.pictures import PictureError, picture_size, read_picture
-from ...generation.video_reader import probe_video, read_frames
+from ...generation.media.files import Cut, Media, Undecodable
+from ...generation.media.pictures import PictureError, picture_size, read_picture
+from ...generation.media.video_reader import probe_video, read_frames
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".gif"),

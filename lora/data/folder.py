@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ...generation.media import Cut, Media
+from ...generation.media.files import Cut, Media
 from ..config import ConfigError
 from ..processes import Process
 from ..settings import DataSettings, FolderSettings, SizeSettings

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from ...generation.media import Media, Undecodable
+from ...generation.media.files import Media, Undecodable
 from ...pipelines.whole_files import staged
 from ..checkpoint import CheckpointError
 from ..config import ConfigError

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ...generation.model_files import folder_reader
+from ...generation.models.files import folder_reader
 from ...pipelines.deep_compression.adapter_folder import DEFAULTS_FILE
 from ..backbones.base import Encoder, PretrainedModel, Text
 from ..config import ConfigError

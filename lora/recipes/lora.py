@@ -13,7 +13,7 @@ from torch import nn
 from ... import demo
 from ...attention.layout import VideoLayout
 from ...attention.methods.description import describe
-from ...generation.methods import DENSE
+from ...generation.levers.methods import DENSE
 from ...pipelines.acceleration.handle import Handle, accelerate
 from ...pipelines.adapter_header import facts_of
 from ...pipelines.locations import is_hub_id, is_single_file

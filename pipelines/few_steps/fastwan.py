@@ -24,7 +24,7 @@ from .fastwan_source import fastwan_folder, trained_for
 
 COMPONENTS = ("text_encoder", "tokenizer", "vae")
 """What is taken as it is."""
-_DEFAULTS = "generation_defaults.json"  # read by `generation.model_facts`
+_DEFAULTS = "generation_defaults.json"  # read by `generation.models.facts`
 _VIDEOS = {False: (81, 480, 832), True: (121, 704, 1280)}
 """Frames, height and width, by whether a model is Wan 2.2's of 5B, which alone expands timesteps."""
 

@@ -36,7 +36,7 @@ SIGMA_MAX = {False: 80.0, True: 200.0}
 """Where sampling starts, by image to video or not."""
 SHARD = "2GB"
 """Of a file of weights, and so of what is in memory at a time."""
-_DEFAULTS = "generation_defaults.json"  # read by `generation.model_facts`
+_DEFAULTS = "generation_defaults.json"  # read by `generation.models.facts`
 _SIZES = {True: (720, 1280), False: (480, 832)}
 _COMPONENTS = {  # -> the file that says its class, and where
     "text_encoder": ("config.json", "architectures", "transformers"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from families.cogvideo import cogvideox_2b
 
-from vidaccel.generation.video_reader import read_video
+from vidaccel.generation.media.video_reader import read_video
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from vsa_models import as_published, write_gates
 
 import vidaccel as package
 from vidaccel.generation.job import prepare
-from vidaccel.generation.request import Settings
-from vidaccel.generation.sparse import Sparse
+from vidaccel.generation.requests.settings import Settings
+from vidaccel.generation.requests.sparse import Sparse
 from vidaccel.pipelines.acceleration.vsa_files import find_gates
 from vidaccel.pipelines.few_steps import convert_fastwan
 

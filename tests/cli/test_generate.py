@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from vidaccel.generation.video import check_encoder
-from vidaccel.generation.video_reader import read_video
+from vidaccel.generation.media.video import check_encoder
+from vidaccel.generation.media.video_reader import read_video
 
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--steps", 2, "--device", "cpu")
 PROMPT = "a <b>dot</b> & more"
@@ -128,7 +128,7 @@ def test_dense_is_the_pipeline_as_it_is(tiny_model, compared):
     """The dense video of --compare is what diffusers alone makes from the seed."""
     from diffusers import WanPipeline
 
-    from vidaccel.generation.video import write_mp4
+    from vidaccel.generation.media.video import write_mp4
 
     pipe = WanPipeline.from_pretrained(tiny_model)
     frames = pipe(
@@ -226,8 +226,8 @@ def test_a_run_with_sparse_steps_has_no_such_line(vidaccel, tiny_model, tmp_path
 
 def test_defaults_of_a_real_model(tiny_configs):
     """Frames, size, steps and guidance come from the pipeline's own signature."""
-    from vidaccel.generation.model_facts import inspect_model
-    from vidaccel.generation.request import Settings
+    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.requests.settings import Settings
 
     settings = Settings("a dot", steps=7).checked(inspect_model(str(tiny_configs)))
     values = (settings.frames, settings.height, settings.width, settings.steps, settings.guidance_scale)
@@ -261,7 +261,7 @@ def test_image_to_video(vidaccel, tiny_model, tmp_path):
 
 def test_an_encoder_that_fails_after_the_steps_is_one_line(vidaccel, tiny_model, tmp_path, monkeypatch):
     check_encoder()  # once a process: that of the command finds it well
-    monkeypatch.setattr("vidaccel.generation.video.encoder", lambda: "false")
+    monkeypatch.setattr("vidaccel.generation.media.video.encoder", lambda: "false")
     options = ("--method", "dense", *SMALL, "--out", tmp_path / "out.mp4")
     result = vidaccel("generate", "a dot", "--model", tiny_model, *options)
     assert result.exit_code == 1

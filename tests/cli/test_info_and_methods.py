@@ -11,7 +11,7 @@ import torch
 
 from vidaccel.attention import METHODS
 from vidaccel.attention.backends import BACKENDS
-from vidaccel.generation.methods import MIN_SPARSE_TOKENS
+from vidaccel.generation.levers.methods import MIN_SPARSE_TOKENS
 from vidaccel.pipelines.acceleration.families import NOT_SERVED, support_rows
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from vidaccel.generation.video_reader import read_video
+from vidaccel.generation.media.video_reader import read_video
 
 SMALL = ("--frames", 9, "--height", 64, "--width", 64, "--device", "cpu", "--seed", 3)
 PROMPT = "a dot"

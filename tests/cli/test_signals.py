@@ -121,7 +121,7 @@ def test_a_hangup_ends_the_encoder(tmp_path, child_environment):
     code = """
 import numpy as np
 from vidaccel.cli.errors import one_line_errors
-from vidaccel.generation.video import write_mp4
+from vidaccel.generation.media.video import write_mp4
 with one_line_errors():
     write_mp4(np.random.default_rng(0).integers(0, 256, (400, 480, 640, 3), np.uint8), "clip.mp4")
 """

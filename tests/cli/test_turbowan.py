@@ -8,7 +8,7 @@ from diffusers import WanPipeline, WanTransformer3DModel
 from turbowan_files import in_layout, own_weights
 
 import vidaccel as package
-from vidaccel.generation.video_reader import read_video
+from vidaccel.generation.media.video_reader import read_video
 
 SMALL = ("--frames", 17, "--height", 128, "--width", 128, "--device", "cpu", "--backend", "gather")
 """5 x 8 x 8 tokens: five blocks of 64."""

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from vidaccel.attention.records import CallRecord, RunReport
-from vidaccel.generation.comparison import Comparison, GeneratedVideo
-from vidaccel.generation.video import write_mp4
+from vidaccel.generation.media.video import write_mp4
+from vidaccel.generation.report.comparison import Comparison, GeneratedVideo
 
 
 @pytest.fixture

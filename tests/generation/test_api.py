@@ -12,13 +12,13 @@ from PIL import Image
 
 import vidaccel
 from vidaccel import SVG2, Radial, demo
-from vidaccel.generation.comparison import Comparison, GeneratedVideo
 from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.forecast import decoding_note, memory_to_decode
-from vidaccel.generation.request import Settings
+from vidaccel.generation.media.sound import Sound
+from vidaccel.generation.media.video_reader import read_video
+from vidaccel.generation.report.comparison import Comparison, GeneratedVideo
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.run import GenerationError
-from vidaccel.generation.sound import Sound
-from vidaccel.generation.video_reader import read_video
 from vidaccel.pipelines.loading import load_pipeline
 
 PROMPT = "a red circle moves left on a grey background"
@@ -220,7 +220,7 @@ def test_a_loaded_pipeline_is_not_placed(pipe):
 def test_an_odd_size_is_written(tmp_path):
     """A deep-compression model makes any size; the file has the even one, and says so before."""
     from vidaccel.generation.job import Sparse, prepare
-    from vidaccel.generation.request import Settings
+    from vidaccel.generation.requests.settings import Settings
 
     size = {"frames": 5, "height": 33, "width": 65}
     job = prepare("demo-dc", Settings(PROMPT, **size), Sparse(), device="cpu")

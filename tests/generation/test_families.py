@@ -22,8 +22,8 @@ import vidaccel
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.forecast import forecast
 from vidaccel.generation.job import Sparse, prepare
-from vidaccel.generation.model_facts import inspect_model, inspect_pipeline
-from vidaccel.generation.request import Settings
+from vidaccel.generation.models.facts import inspect_model, inspect_pipeline
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.run import load, run
 
 PROMPT = "a dot moves"

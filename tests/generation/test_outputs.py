@@ -11,9 +11,9 @@ from PIL import Image
 
 import vidaccel
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.local_files import local_files
+from vidaccel.generation.media.video import write_mp4
 from vidaccel.generation.outputs import check_file, check_files
-from vidaccel.generation.video import write_mp4
+from vidaccel.generation.requests.local_files import local_files
 
 PROMPT = "a red circle moves left on a grey background"
 CHOSEN = {"frames": 5, "height": 64, "width": 64, "steps": 2, "device": "cpu", "progress": False}
@@ -57,8 +57,8 @@ def test_the_numbers_of_a_page_do_not_replace_a_preset(loads_nothing, tmp_path):
 def test_all_local_files_of_a_request_are_known(tmp_path):
     """By their fields, also those that a preset names."""
     from vidaccel.generation.job import prepare
-    from vidaccel.generation.request import Settings
-    from vidaccel.generation.sparse import Sparse
+    from vidaccel.generation.requests.settings import Settings
+    from vidaccel.generation.requests.sparse import Sparse
 
     picture, adapter = tmp_path / "first.png", vidaccel.demo.few_steps()[0]
     Image.new("RGB", (64, 64)).save(picture)

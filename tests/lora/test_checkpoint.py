@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vidaccel.lora import checkpoint as module
+from vidaccel.lora import written
 from vidaccel.lora.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, random_state, set_random_state
 from vidaccel.lora.written import replaced, save_tensors, save_text
 

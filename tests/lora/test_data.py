@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vidaccel.demo import world
-from vidaccel.generation.media import Cut, Media, Undecodable
+from vidaccel.generation.media.files import Cut, Media, Undecodable
 from vidaccel.lora.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.captions import read_captions

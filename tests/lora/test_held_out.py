@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from vidaccel.generation.media import Media
+from vidaccel.generation.media.files import Media
 from vidaccel.lora.backbones.base import Encoder, TextEncoder
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.account import say_what_the_data_are

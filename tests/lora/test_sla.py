@@ -16,9 +16,9 @@ from torch import nn
 
 import vidaccel
 from vidaccel import SLA
-from vidaccel.generation.adapter_places import model_note
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.model_facts import DEFAULTS_FILE, inspect_model
+from vidaccel.generation.levers.adapter_places import model_note
+from vidaccel.generation.models.facts import DEFAULTS_FILE, inspect_model
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.generators import Generators, Place

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from vidaccel.generation.media import Cut, Media, Undecodable
-from vidaccel.generation.video_reader import _opened, read_video
+from vidaccel.generation.media.files import Cut, Media, Undecodable
+from vidaccel.generation.media.video_reader import _opened, read_video
 from vidaccel.lora.data.decode import probe, read_clip
 from vidaccel.lora.data.folder import MediaFolder
 from vidaccel.lora.data.sampler import Pick

@@ -8,7 +8,7 @@ from diffusers import WanTransformer3DModel
 from length_adapters import write_length
 
 from vidaccel import demo
-from vidaccel.generation.request import Settings
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.acceleration import Acceleration
 from vidaccel.nodes.loras import Lora
 from vidaccel.nodes.pipelines import generate, load

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_wan import generate, make_pipe, make_transformer
 
 from vidaccel import demo
-from vidaccel.generation.request import Settings
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.loras import Lora, attach
 from vidaccel.nodes.pipelines import generate as run_pipeline
 from vidaccel.nodes.pipelines import load

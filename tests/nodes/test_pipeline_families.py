@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import hunyuan, ltx
 
-from vidaccel.generation.request import Settings
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.pipelines import generate, load
 from vidaccel.nodes.previews import has_known_latents
 from vidaccel.nodes.residency import Residency

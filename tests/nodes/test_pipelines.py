@@ -18,8 +18,8 @@ from vsa_models import write_gates
 import vidaccel
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.methods import MIN_SPARSE_TOKENS
-from vidaccel.generation.request import Settings
+from vidaccel.generation.levers.methods import MIN_SPARSE_TOKENS
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.tuning.store import store
 from vidaccel.nodes import inputs, pipelines
 from vidaccel.nodes.acceleration import METHODS, Acceleration

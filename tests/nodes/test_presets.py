@@ -11,7 +11,7 @@ import torch
 
 import vidaccel
 from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial
-from vidaccel.generation.request import Settings
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes import pipelines
 from vidaccel.nodes.acceleration import Acceleration
 from vidaccel.nodes.native_models import GEOMETRIES

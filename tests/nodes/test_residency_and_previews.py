@@ -13,7 +13,7 @@ from vidaccel import SVG, SVG2, AutoencoderDCV, Tangent, VideoLayout, demo
 from vidaccel.attention import PlanMemory
 from vidaccel.autoencoders.memory import memory_to_decode
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.request import Settings
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.previews import decode_frame, decodes_quickly, preview_latent
 from vidaccel.nodes.residency import Residency, part_bytes, working_memory
 

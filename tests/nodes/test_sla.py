@@ -9,7 +9,7 @@ import torch
 from sla_models import write_adapter, write_model
 
 import vidaccel
-from vidaccel.generation.request import Settings
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.pipelines import generate, load
 from vidaccel.nodes.residency import Residency
 from vidaccel.nodes.sla import LearnedSLA, matrices_and_projections, open_adapter

@@ -15,7 +15,7 @@ import pytest
 
 import vidaccel
 from vidaccel import Preset
-from vidaccel.generation.options import GenerateOptions
+from vidaccel.generation.requests.options import GenerateOptions
 
 
 def _for_types(file: Path) -> Iterator[ast.stmt]:

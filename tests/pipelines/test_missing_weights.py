@@ -9,7 +9,7 @@ import pytest
 
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.model_facts import inspect_model
+from vidaccel.generation.models.facts import inspect_model
 from vidaccel.generation.run import load
 from vidaccel.pipelines.missing_weights import missing_weights
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 from vidaccel import SLA
-from vidaccel.generation.adapter_places import taken_notes
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.guidance import guidance_adapters
-from vidaccel.generation.loras import lora_files
-from vidaccel.generation.sla import sla_adapters
+from vidaccel.generation.levers.adapter_places import taken_notes
+from vidaccel.generation.levers.guidance import guidance_adapters
+from vidaccel.generation.levers.loras import lora_files
+from vidaccel.generation.levers.sla import sla_adapters
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.lora_file import lora_path
 from vidaccel.nodes.adapter_files import state_of

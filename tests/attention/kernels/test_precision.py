@@ -123,9 +123,9 @@ def test_the_first_call_tells_what_only_calls_tell(device):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the request is for the interpreter")
 def test_a_request_is_checked_and_carried_out(device):
-    from vidaccel.generation.described import described
     from vidaccel.generation.job import Sparse, prepare
-    from vidaccel.generation.request import Settings
+    from vidaccel.generation.report.described import described
+    from vidaccel.generation.requests.settings import Settings
 
     small = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance_scale": 1.0}
     asked = {"methods": ("svg2",), "density": 0.9, "precision": "int8"}

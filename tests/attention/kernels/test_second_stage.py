@@ -193,7 +193,7 @@ def test_what_a_machine_lacks_is_told_before_a_run(monkeypatch):
     from tiny_wan import make_pipe
 
     from vidaccel.generation.job import Sparse, prepare
-    from vidaccel.generation.request import Settings
+    from vidaccel.generation.requests.settings import Settings
 
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)

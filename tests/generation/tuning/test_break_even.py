@@ -17,8 +17,8 @@ from vidaccel import demo
 from vidaccel.cli import app
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import prepare
-from vidaccel.generation.request import Settings
-from vidaccel.generation.sparse import Sparse
+from vidaccel.generation.requests.settings import Settings
+from vidaccel.generation.requests.sparse import Sparse
 from vidaccel.generation.tuning.break_even import find_break_even, timer
 from vidaccel.generation.tuning.store import store
 from vidaccel.pipelines.break_even import BreakEven, Key, Limit, limit, stored

@@ -12,8 +12,8 @@ from families.ltx import ltx
 import vidaccel
 from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent, demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.model_facts import inspect_pipeline
-from vidaccel.generation.request import Settings
+from vidaccel.generation.models.facts import inspect_pipeline
+from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.tuning.budget import Budget
 from vidaccel.generation.tuning.plan import planned
 from vidaccel.generation.tuning.trajectory import probe, record

@@ -16,7 +16,7 @@ from families import ltx
 import vidaccel
 from vidaccel import SLA, SVG2, DenseSchedule, Preset, demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.report import format_psnr
+from vidaccel.generation.report.page import format_psnr
 from vidaccel.generation.waterfall.account import Row, Waterfall
 from vidaccel.generation.waterfall.page import write_waterfall
 from vidaccel.generation.waterfall.stages import Stage, stages

@@ -1,0 +1,1 @@
+"""Videos compared, and shown on one page: numbers, charts and pictures."""

@@ -1,0 +1,1 @@
+"""What this package gains on this machine: `vidaccel demo`."""
