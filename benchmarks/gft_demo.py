@@ -91,8 +91,8 @@ def learned(model: str, adapter: Path, clips: int) -> dict[str, float]:
     import torch
 
     from vidaccel.lora import config_folder
+    from vidaccel.lora.adapters.lora_file import lora_path, read_facts
     from vidaccel.lora.config import build, read
-    from vidaccel.lora.lora_file import lora_path, read_facts
     from vidaccel.lora.recipes.base import Process
     from vidaccel.lora.recipes.gft import TrainGuidanceFree
 

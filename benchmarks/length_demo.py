@@ -127,7 +127,7 @@ def cost(repeats: int) -> list[dict]:
 
     from vidaccel import DenseSchedule, Radial, accelerate, demo
     from vidaccel.attention.methods.base import OutOfReach
-    from vidaccel.lora.adapter import add_lora, layers_named
+    from vidaccel.lora.adapters.adapter import add_lora, layers_named
     from vidaccel.lora.backbones.base import ModelOptions
     from vidaccel.lora.backbones.wan_own import WanModel
     from vidaccel.lora.recipes.flow_phase import train_only

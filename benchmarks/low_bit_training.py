@@ -65,7 +65,7 @@ class Arm:
         """A step as `lora/phase_run.py` does it."""
         import torch
 
-        from vidaccel.lora.generators import Generators
+        from vidaccel.lora.distributed.generators import Generators
         from vidaccel.lora.optim import learning_rate, set_learning_rate
 
         began, settings = time.thread_time(), self.phase.settings
@@ -97,7 +97,7 @@ def opened(changes: dict[str, Any], clips: int, held_out: int, batch_size: int, 
 
     from vidaccel.lora import config_folder
     from vidaccel.lora.config import build, read
-    from vidaccel.lora.low_bit import in_low_bits
+    from vidaccel.lora.footprint.low_bit import in_low_bits
     from vidaccel.lora.optim import make_optimizer
     from vidaccel.lora.recipes.base import Process
     from vidaccel.lora.recipes.sla import TrainSLA
@@ -141,8 +141,8 @@ def stored(value: Any) -> int:
 
 def run(steps: int, held_out: int, batch_size: int, only: str, work: Path) -> tuple[float, list[dict]]:
     """The error on held-out clips before the training, and a row for each arm; all of them go on in turn."""
+    from vidaccel.lora.data.dataloader import batches
     from vidaccel.lora.data.sampler import ClipSampler
-    from vidaccel.lora.dataloader import batches
 
     arms = {}
     for name, changes in ARMS.items():

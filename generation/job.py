@@ -101,7 +101,7 @@ class Job:
         hint: where the choice went by a fixed length, how to measure that; for a terminal.
         precision: see `accelerate`.
         process: of those that make the video together, this one. sharing: what they share.
-        of_preset: see `preset_request.Filled`.
+        of_preset: see `requests.filled.Filled`.
     """
 
     facts: ModelFacts

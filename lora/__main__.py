@@ -29,9 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", handlers=[_CurrentStderr()])
     logging.getLogger("vidaccel").setLevel(logging.INFO)
-    from .checkpoint import CheckpointError
+    from .checkpoints.checkpoint import CheckpointError
     from .config import ConfigError
-    from .memory import OutOfMemory
+    from .footprint.memory import OutOfMemory
     from .trainer import Diverged, Stopped
 
     try:

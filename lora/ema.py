@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import nn
 
-from .sharding import copy_whole, is_sharded, whole
+from .distributed.sharding import copy_whole, is_sharded, whole
 
 Tensors = dict[str, torch.Tensor]
 

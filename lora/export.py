@@ -35,7 +35,7 @@ def export_adapter(run: Path, target: Path) -> Path:
     from ..pipelines.json_files import write_json
     from ..pipelines.plain_content import object_in
     from .backbones.folders import write_model
-    from .written import replaced, save_tensors
+    from .checkpoints.written import replaced, save_tensors
 
     source = run / "adapter"
     if not (source / FACTS_FILE).is_file():

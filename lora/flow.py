@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .generators import Generators
+from .distributed.generators import Generators
 
 TIMESTEPS = 1000
 """What a sigma of 1 is called by the models that diffusers has."""

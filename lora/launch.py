@@ -72,8 +72,8 @@ def run(
     # Bars of two libraries, which say nothing about training.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    from .fsdp import plugin_of
-    from .processes import Process, host_group
+    from .distributed.fsdp import plugin_of
+    from .distributed.processes import Process, host_group
     from .trainer import Trainer, make_accelerator
 
     accelerator = make_accelerator(config)
@@ -89,7 +89,7 @@ def _encode(recipe: Recipe) -> dict[str, Any]:
     """Fill the caches of a recipe; what it says of them."""
     import torch
 
-    from .memory import out_of_memory
+    from .footprint.memory import out_of_memory
     from .stopping import Stopped, StopRequested
 
     process = recipe.process

@@ -9,8 +9,8 @@ import torch
 
 from ..attention.code_generator import missing
 from .config import ConfigError
-from .low_bit import check_linears, check_some
-from .memory import blocks_of
+from .footprint.low_bit import check_linears, check_some
+from .footprint.memory import blocks_of
 from .optim import OF_PACKAGES, of_package
 from .recipes.base import Phase
 

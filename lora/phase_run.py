@@ -12,25 +12,25 @@ from typing import Any
 import torch
 
 from ..attention.call_checks import NotFinite
-from .checkpoint import Checkpoint, CheckpointError, random_state, set_random_state
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, random_state, set_random_state
+from .checkpoints.phase_state import PhaseState
+from .checkpoints.written import Tensors, remedy
 from .config import as_yaml
+from .data.dataloader import batches, to_device
 from .data.sampler import ClipSampler
-from .dataloader import batches, to_device
+from .distributed.generators import Generators, derive_seed
+from .distributed.prepared import prepare
+from .distributed.sharding import all_finite
 from .ema import EMA
-from .generators import Generators, derive_seed
-from .low_bit import in_low_bits
-from .memory import out_of_memory, peak_gigabytes
+from .footprint.low_bit import in_low_bits
+from .footprint.memory import out_of_memory, peak_gigabytes
+from .logs.pace import Pace
+from .logs.progress import duration
 from .optim import clip_gradients, found_rate, learning_rate, make_optimizer, set_learning_rate
-from .pace import Pace
 from .phase_checks import check_loss
-from .phase_state import PhaseState
-from .prepared import prepare
-from .progress import duration
 from .recipes.base import Phase
 from .run_context import RunContext
-from .sharding import all_finite
 from .stopping import Stopped, StopRequested
-from .written import Tensors, remedy
 
 logger = logging.getLogger(__name__)
 

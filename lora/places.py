@@ -10,7 +10,7 @@ from typing import Any
 from .. import demo
 from ..pipelines.locations import is_hub_id, is_single_file
 from .backbones.folders import located
-from .begun_from import KEPT, START, TEACHER
+from .checkpoints.begun_from import KEPT, START, TEACHER
 from .config import ConfigError
 
 _AUTOENCODERS = ("model.autoencoder", "model.start")

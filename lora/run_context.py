@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .checkpoint import CheckpointFolder
-from .processes import Process
+from .checkpoints.checkpoint import CheckpointFolder
+from .distributed.processes import Process
+from .logs.tracking import Tracker
 from .settings import RunSettings
-from .tracking import Tracker
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

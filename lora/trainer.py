@@ -21,23 +21,23 @@ from ..generation.alone import alone
 from ..generation.errors import BadInput
 from ..generation.outputs import check_writable
 from ..pipelines.run_folder import RESULTS, SETTINGS
-from .begun_from import kept
-from .checkpoint import Checkpoint, CheckpointError, CheckpointFolder
+from .checkpoints.begun_from import kept
+from .checkpoints.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
+from .checkpoints.resuming import changed, check_inputs, check_steps
+from .checkpoints.written import Tensors, remedy, save_tensors, save_text
 from .config import ConfigError, as_yaml, differences, load
-from .fsdp import check_plugin, plugin_of
-from .launched import check_accelerator, check_environment
-from .memory import out_of_memory
+from .distributed.fsdp import check_plugin, plugin_of
+from .distributed.launched import check_accelerator, check_environment
+from .distributed.processes import WAIT, ProcessLost
+from .distributed.step_clips import step_clips_differences
+from .footprint.memory import out_of_memory
+from .logs.tracking import Tracker, choose_tracker
 from .phase_checks import check_compiler, check_names, check_outline, check_phase, check_some_compile
 from .phase_run import Diverged, PhaseRun
-from .processes import WAIT, ProcessLost
 from .recipes.base import Phase, Recipe
-from .resuming import changed, check_inputs, check_steps
 from .run_context import RunContext
 from .settings import RunSettings
-from .step_clips import step_clips_differences
 from .stopping import Stopped, StopRequested
-from .tracking import Tracker, choose_tracker
-from .written import Tensors, remedy, save_tensors, save_text
 
 __all__ = ["Diverged", "Stopped", "Trainer", "make_accelerator"]
 

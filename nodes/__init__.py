@@ -1,4 +1,4 @@
-"""ComfyUI nodes. The logic is in plain modules; only files named `*_nodes.py` or `*_node.py` import ComfyUI."""
+"""ComfyUI nodes. The logic is in plain modules; only files named `*_nodes.py` or `*_node.py` need ComfyUI at import."""
 
 from __future__ import annotations
 

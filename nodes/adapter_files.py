@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..pipelines.run_folder import NoAdapter, adapter_path
-from .wording import InputError
+from .report.wording import InputError
 
 BY_PATH = "the path below"
 """In the menu: none of its files."""

@@ -10,8 +10,8 @@ from torch import nn
 
 from .. import demo
 from ..generation.errors import BadInput
-from .pipelines import require_packages
-from .wording import InputError
+from .pipeline.pipelines import require_packages
+from .report.wording import InputError
 
 if TYPE_CHECKING:
     from ..autoencoders import AutoencoderDCV

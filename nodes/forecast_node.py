@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..pipelines.forecast.settings import ForecastSettings
-from .native_forecast import MAX_TOLERANCE, cache_steps, forecast_log
+from .native.forecast import MAX_TOLERANCE, cache_steps, forecast_log
 from .report_node import Report
 from .schema import accepted
 

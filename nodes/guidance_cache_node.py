@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..pipelines.guidance_cache.settings import GuidanceCache
-from .native_guidance_cache import cache_guidance, guidance_log
+from .native.guidance_cache import cache_guidance, guidance_log
 from .report_node import Report
 from .schema import accepted
 

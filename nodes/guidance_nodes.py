@@ -8,9 +8,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter_files import BY_PATH, State, chosen_file, state_of, state_of_chosen
-from .native_guidance import guide
+from .native.guidance import guide
+from .pipeline.pipelines import VideoPipeline, require_packages
 from .pipeline_nodes import CATEGORY, Pipeline
-from .pipelines import VideoPipeline, require_packages
 from .schema import accepted
 
 OWN = "the model's own"

@@ -7,12 +7,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter_files import State, chosen_file, state_of_chosen
-from .length import lengthened
 from .lora_nodes import file_inputs
+from .native.length import lengthened
+from .report.wording import PRECISIONS
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, precision_input
-from .wording import PRECISIONS
 
 
 class VidaccelRadialLength(io.ComfyNode):

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter_files import BY_PATH, State, chosen_file, state_of_chosen
-from .loras import AUTOMATIC, TARGETS, Lora
+from .pipeline.loras import AUTOMATIC, TARGETS, Lora
 from .schema import accepted
 
 Loras = io.Custom("VIDACCEL_LORAS")

@@ -17,15 +17,16 @@ from ..generation.machine import DTYPES
 from ..generation.requests.settings import Settings
 from ..generation.requests.values import MAX_SEED
 from ..generation.run import StepCallback
-from . import pipelines, previews
-from .acceleration import METHODS, Acceleration
 from .adapter_files import State, state_of_pipeline
 from .defaults import defaults_of
-from .inputs import Clip, first_frames
 from .lora_nodes import Loras
-from .patch import queue_entry
+from .native.patch import queue_entry
+from .pipeline import pipelines, previews
+from .pipeline.acceleration import METHODS, Acceleration
+from .pipeline.inputs import Clip, first_frames
+from .pipeline.residency import Residency
+from .report.wording import plain_messages
 from .report_node import Report
-from .residency import Residency
 from .schema import accepted
 from .sparse_nodes import (
     backend_input,
@@ -35,12 +36,11 @@ from .sparse_nodes import (
     precision_input,
     share_inputs,
 )
-from .wording import plain_messages
 
 if TYPE_CHECKING:
     import torch
 
-    from .loras import Lora
+    from .pipeline.loras import Lora
 
 CATEGORY = "video acceleration/pipelines"
 

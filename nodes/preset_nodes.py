@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io
 
 from .adapter_files import State
-from .cache_log import CacheLog, CachesReport
-from .geometry import diffusion_model_of
-from .native_forecast import cache_steps, forecast_log
-from .native_guidance import guide
-from .native_guidance_cache import cache_guidance, guidance_log
-from .native_models import find_geometry
-from .patch import sparsify
+from .native.forecast import cache_steps, forecast_log
+from .native.geometry import diffusion_model_of
+from .native.guidance import guide
+from .native.guidance_cache import cache_guidance, guidance_log
+from .native.models import find_geometry
+from .native.patch import sparsify
+from .pipeline.pipelines import require_packages
 from .pipeline_nodes import CATEGORY, Pipeline
-from .pipelines import require_packages
 from .presets import (
     FOLDER,
     NativePart,
@@ -28,14 +27,15 @@ from .presets import (
     state_of_preset,
     with_preset,
 )
+from .report.cache_log import CacheLog, CachesReport
+from .report.wording import PRECISIONS, InputError
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import measure_error_input, min_tokens_input
-from .wording import PRECISIONS, InputError
 
 if TYPE_CHECKING:
     from ..pipelines.presets import Preset as PresetOf
-    from .pipelines import VideoPipeline
+    from .pipeline.pipelines import VideoPipeline
 
 logger = logging.getLogger(__name__)
 

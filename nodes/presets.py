@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 from ..generation.levers.methods import SET_BY_DENSITY
 from ..generation.levers.presets import request_preset
 from .adapter_files import State, state_of
-from .pipelines import VideoPipeline, require_packages
-from .wording import InputError, plain_messages
+from .pipeline.pipelines import VideoPipeline, require_packages
+from .report.wording import InputError, plain_messages
 
 if TYPE_CHECKING:
     from ..attention import DenseSchedule, Method
     from ..pipelines.forecast.settings import ForecastSettings
     from ..pipelines.guidance_cache.settings import GuidanceCache
     from ..pipelines.presets import Preset
-    from .geometry import Geometry
+    from .native.geometry import Geometry
 
 FOLDER = "vidaccel_presets"
 """Below ComfyUI's folder of models: presets of one's own."""

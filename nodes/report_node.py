@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
-from .news import BYPASSED, nothing
-from .patch import queue_entry
+from .native.patch import queue_entry
+from .report.news import BYPASSED, nothing
+from .report.tables import report_image, report_text
 from .schema import accepted
-from .tables import report_image, report_text
 
 if TYPE_CHECKING:
-    from .cache_log import CacheLog, CachesReport
-    from .native import NativeAttention
-    from .news import GenerationReport
+    from .native.override import NativeAttention
+    from .report.cache_log import CacheLog, CachesReport
+    from .report.news import GenerationReport
 
 Report = io.Custom("VIDACCEL_REPORT")
 

@@ -6,19 +6,19 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import pipelines
 from .adapter_files import BY_PATH, State, chosen_file, state_of_chosen
-from .geometry import diffusion_model_of
-from .learned_layers import learned_layers
-from .native_lora import with_lora
-from .patch import sparsify
+from .native.geometry import diffusion_model_of
+from .native.learned_layers import learned_layers
+from .native.lora import with_lora
+from .native.patch import sparsify
+from .native.sla import LearnedSLA, matrices_and_projections, open_adapter
+from .pipeline import pipelines
 from .pipeline_nodes import CATEGORY as PIPELINES
 from .pipeline_nodes import Pipeline
+from .report.wording import plain_messages
 from .report_node import Report
 from .schema import accepted
-from .sla import LearnedSLA, matrices_and_projections, open_adapter
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input, precision_input
-from .wording import plain_messages
 
 WORDS = ["vidaccel", "sparse linear attention", "speed up video", "lora"]
 

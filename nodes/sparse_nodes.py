@@ -11,11 +11,11 @@ from ..attention import BACKENDS, SVG, SVG2, Method, Radial, Sparge, Tangent, Vi
 from ..attention.methods.base import check_fraction
 from ..generation.levers.methods import MIN_SPARSE_TOKENS
 from .defaults import Defaults, defaults_of
-from .native_models import supported_models
-from .patch import sparsify
+from .native.models import supported_models
+from .native.patch import sparsify
+from .report.wording import PRECISIONS, STEP
 from .report_node import Report
 from .schema import accepted
-from .wording import PRECISIONS, STEP
 
 CATEGORY = "video acceleration/sparse attention"
 SPARSE_BACKENDS = ["auto", *(name for name, backend in BACKENDS.items() if backend.capability.sparse)]

@@ -10,13 +10,13 @@ from comfy_api.latest import io, ui
 
 from ..generation.requests.values import MAX_SEED
 from ..generation.tuning.space import EFFORTS
+from .pipeline.tuning import folder_of, tuned
 from .pipeline_nodes import CATEGORY, Pipeline
 from .preset_nodes import Preset
 from .schema import accepted
-from .tuning import folder_of, tuned
 
 if TYPE_CHECKING:
-    from .pipelines import VideoPipeline
+    from .pipeline.pipelines import VideoPipeline
 
 LEVERS = {
     "sparse": ("sparse", "precision"),

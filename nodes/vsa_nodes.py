@@ -8,12 +8,12 @@ from typing import Any
 from comfy_api.latest import io
 
 from .adapter_files import BY_PATH, State, state_of
-from .pipelines import find_pipelines
+from .native.vsa import gated
+from .pipeline.pipelines import find_pipelines
+from .report.wording import STEP, InputError
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input, precision_input
-from .vsa import gated
-from .wording import STEP, InputError
 
 KIND = "diffusion_models"
 """ComfyUI's name for the folder of files that may have gates."""

@@ -140,7 +140,7 @@ class _Clock:
                 self.times = _in_order(_times(container, stream)[0], media.first)
 
     def numbers(self, cut: Cut) -> list[int]:
-        """The frames of a clip; `media.frames` for those behind the end."""
+        """The frames of a clip; `Media.frames` for those behind the end."""
         wanted = range(cut.start, cut.start + cut.frames)
         if cut.fps is None:
             return [min(number, self.media.frames) for number in wanted]

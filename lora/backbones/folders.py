@@ -19,8 +19,8 @@ from ...pipelines.plain_content import object_in
 from ...pipelines.quiet_logs import only_logs
 from ...pipelines.run_folder import NoAdapter, autoencoder_path, model_path
 from ...pipelines.weight_files import transformer_files, transformer_tensors
+from ..checkpoints.written import replaced
 from ..config import ConfigError
-from ..written import replaced
 
 __all__ = [
     "forget_paths",

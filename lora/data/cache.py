@@ -17,9 +17,9 @@ from torch import nn
 
 from ...pipelines.plain_content import json_of
 from ...pipelines.weight_files import transformer_file
-from ..checkpoint import CheckpointError
+from ..checkpoints.checkpoint import CheckpointError
+from ..checkpoints.written import remedy, save_tensors
 from ..config import ConfigError
-from ..written import remedy, save_tensors
 
 _CHECKSUM = "crc32"
 """Its name among the metadata of a file."""

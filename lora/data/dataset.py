@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from ...pipelines.quiet_logs import only_logs
-from ..processes import Process
+from ..distributed.processes import Process
 from ..settings import DataSettings, SizeSettings
 from .cache import check_cache
 from .sampler import Pick

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 
 from ...demo import world
-from ..generators import derive_seed
-from ..processes import Process
+from ..distributed.generators import derive_seed
+from ..distributed.processes import Process
 from ..settings import SizeSettings
 from .sampler import Pick
 

@@ -12,7 +12,7 @@ import torch
 
 from ...generation.media.files import Cut, Media
 from ..config import ConfigError
-from ..processes import Process
+from ..distributed.processes import Process
 from ..settings import DataSettings, FolderSettings, SizeSettings
 from .ahead import ahead, readers
 from .captions import read_captions

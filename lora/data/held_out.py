@@ -10,7 +10,7 @@ from itertools import zip_longest
 from typing import TypeVar
 
 from ..config import ConfigError
-from ..generators import Place, derive_seed
+from ..distributed.generators import Place, derive_seed
 from ..settings import SizeSettings
 from .dataset import ClipDataset
 from .sampler import Pick

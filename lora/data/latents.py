@@ -11,7 +11,7 @@ import torch
 
 from ..backbones.base import Encoder, Text, TextEncoder
 from ..config import ConfigError
-from ..generators import Place
+from ..distributed.generators import Place
 from ..recipes.base import Batch, Process
 from ..settings import SizeSettings
 from .ahead import ahead, readers

@@ -13,9 +13,9 @@ from typing import Any, get_type_hints
 
 from ...generation.media.files import Media, Undecodable
 from ...pipelines.whole_files import staged
-from ..checkpoint import CheckpointError
+from ..checkpoints.checkpoint import CheckpointError
 from ..config import ConfigError
-from ..processes import Process
+from ..distributed.processes import Process
 from .ahead import ahead, readers
 from .cache import not_kept
 from .decode import kind_of, probe

@@ -7,7 +7,7 @@ import random
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..generators import Place, derive_seed
+from ..distributed.generators import Place, derive_seed
 from ..settings import SizeSettings
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..generators import Place, derive_seed
-from ..pictures import pixels_of, write_picture, written_to
+from ..distributed.generators import Place, derive_seed
+from ..logs.pictures import pixels_of, write_picture, written_to
 from ..settings import SizeSettings
 from .dataset import ClipDataset
 from .held_out import HeldOut

@@ -20,16 +20,16 @@ from torch.nn import functional
 from ... import demo
 from ...pipelines.deep_compression.adapter_folder import DEFAULTS_FILE
 from ...pipelines.locations import is_hub_id
-from ..adapter import AdaptedModel, add_lora, merge, save_adapter
+from ..adapters.adapter import AdaptedModel, add_lora, merge, save_adapter
 from ..backbones import open_backbone
 from ..backbones.base import Backbone, Text
 from ..backbones.folders import located, transformer_files
+from ..checkpoints.written import replaced, save_text
 from ..data.cache import fingerprint
 from ..data.latents import Latents
+from ..distributed.generators import Generators
 from ..flow import noisy, sample_sigmas
-from ..generators import Generators
 from ..settings import PhaseSettings
-from ..written import replaced, save_text
 from .ae_adapt_settings import AEAdaptSettings
 from .base import Batch, Clips, Phase, load_trained
 from .encoded_clips import EncodedClipsRecipe

@@ -17,7 +17,7 @@ from ..backbones.folders import load_autoencoder, located, read_config, write_mo
 from ..config import ConfigError, Settings, setting
 from ..data.cache import fingerprint
 from ..data.sampler import ClipSampler
-from ..generators import derive_seed
+from ..distributed.generators import derive_seed
 from .base import Phase
 from .reconstructing import (
     Pixels,

@@ -13,11 +13,11 @@ from torch import nn
 
 from ...pipelines.run_folder import taken
 from ..backbones.folders import located
-from ..checkpoint import CheckpointError
+from ..checkpoints.checkpoint import CheckpointError
 from ..config import ConfigError
 from ..data.sampler import Pick
-from ..generators import Generators
-from ..processes import Process
+from ..distributed.generators import Generators
+from ..distributed.processes import Process
 from ..settings import PhaseSettings, RunSettings, SizeSettings
 
 logger = logging.getLogger(__name__)

@@ -29,13 +29,13 @@ from ...pipelines.guidance_free.adapter_file import FEW_STEPS, FEW_STEPS_RECIPE,
 from ...pipelines.guidance_free.beta import BETA, BetaSlot
 from ...pipelines.guidance_free.low_rank import gate_of
 from ...pipelines.weight_files import transformer_file
+from ..adapters.lora_file import read_facts
 from ..backbones.base import SampleRequest, Text
-from ..begun_from import TEACHER, keep_teacher, named_anew, teacher_of
+from ..checkpoints.begun_from import TEACHER, keep_teacher, named_anew, teacher_of
 from ..config import ConfigError
+from ..data.identities import file_identity
+from ..distributed.generators import Generators, derive_seed
 from ..flow import shifted
-from ..generators import Generators, derive_seed
-from ..identities import file_identity
-from ..lora_file import read_facts
 from .base import Batch, Phase, load_trained
 from .consistency_settings import ConsistencyLoraSettings
 from .guided_lora import GuidedLora, TrainGuided

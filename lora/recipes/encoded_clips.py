@@ -12,16 +12,16 @@ from typing import Any
 from ...generation.models.files import folder_reader
 from ...pipelines.deep_compression.adapter_folder import DEFAULTS_FILE
 from ..backbones.base import Encoder, PretrainedModel, Text
+from ..checkpoints.written import save_text
 from ..config import ConfigError
 from ..data.account import say_what_the_data_are
 from ..data.cache import Fingerprints, TensorCache
 from ..data.dataset import open_dataset
 from ..data.held_out import hold_out
+from ..data.identities import dataset_identity
 from ..data.latents import Latents, say_what_is_cut
 from ..data.sheet import write_sheet
-from ..identities import dataset_identity
 from ..settings import ValidationSettings
-from ..written import save_text
 from .base import Recipe
 from .measured_clips import MeasuredClips
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from ..backbones.base import SampleRequest, Text
-from ..fsdp import DTYPES
-from ..generators import Generators
-from ..pictures import strips, write_picture, write_video, written_to
+from ..distributed.fsdp import DTYPES
+from ..distributed.generators import Generators
+from ..logs.pictures import strips, write_picture, write_video, written_to
 from ..settings import PhaseSettings
 from .base import Batch, Clips, Phase
 from .encoded_clips import EncodedClipsRecipe

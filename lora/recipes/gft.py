@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from ...pipelines.guidance_free.adapter_file import OWN_FILE, RECIPE
+from ..adapters.lora_file import read_facts, save_lora
 from ..backbones.base import Text
 from ..backbones.folders import transformer_files
+from ..checkpoints.written import replaced
 from ..config import ConfigError
-from ..generators import Generators
-from ..lora_file import read_facts, save_lora
-from ..written import replaced
+from ..distributed.generators import Generators
 from .base import Batch, Phase, load_trained
 from .gft_settings import GuidanceFreeLoraSettings
 from .guided_lora import GuidedLora, TrainGuided

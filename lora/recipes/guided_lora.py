@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ...pipelines.guidance_free.beta import BETA, BetaEmbedder, BetaSlot, no_slot, width_of
-from ..adapter import without_lora
+from ..adapters.adapter import without_lora
+from ..adapters.lora_file import read_facts
 from ..backbones.base import SampleRequest, Text
 from ..config import ConfigError
-from ..fsdp import DTYPES
-from ..lora_file import read_facts
+from ..distributed.fsdp import DTYPES
 from .base import Batch, load_trained
 from .lora import FlowLora, TrainLora
 

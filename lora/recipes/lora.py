@@ -19,22 +19,22 @@ from ...pipelines.adapter_header import facts_of
 from ...pipelines.locations import is_hub_id, is_single_file
 from ...pipelines.run_folder import taken
 from ...pipelines.single_file import LayoutError, SingleFileError, pipeline_of
-from ..adapter import add_lora, layers_named
+from ..adapters.adapter import add_lora, layers_named
+from ..adapters.foreign_lora import read_foreign
+from ..adapters.lora_file import COMFYUI_FILE, FILE, lora_path, read_facts, read_lora, save_lora
 from ..backbones import open_model
 from ..backbones.base import ModelOptions, OwnModel, Text
 from ..backbones.folders import transformer_files
-from ..begun_from import START, named_anew
+from ..checkpoints.begun_from import START, named_anew
 from ..config import ConfigError
+from ..data.identities import file_identity
 from ..data.latents import Latents
+from ..distributed.fsdp import DTYPES
+from ..distributed.generators import Generators
 from ..flow import sample_levels
-from ..foreign_lora import read_foreign
-from ..fsdp import DTYPES
-from ..generators import Generators
-from ..identities import file_identity
-from ..lora_file import COMFYUI_FILE, FILE, lora_path, read_facts, read_lora, save_lora
-from ..memory import TrainingMemory, blocks_of, gpu_bytes, training_memory
-from ..offload import offload, offloaded_numbers
-from ..quantise import quantisation
+from ..footprint.memory import TrainingMemory, blocks_of, gpu_bytes, training_memory
+from ..footprint.offload import offload, offloaded_numbers
+from ..footprint.quantise import quantisation
 from ..sparse_training import training_method
 from .base import Batch, Phase, load_trained
 from .encoded_clips import EncodedClipsRecipe

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from ..data.dataloader import collate, to_device
 from ..data.dataset import ClipDataset
 from ..data.latents import Latents
 from ..data.sampler import Pick
-from ..dataloader import collate, to_device
-from ..generators import Generators, Place
-from ..processes import Process
+from ..distributed.generators import Generators, Place
+from ..distributed.processes import Process
 from .base import Batch
 
 Measure = Callable[[Batch, Generators], dict[str, torch.Tensor]]

@@ -15,11 +15,11 @@ from ..config import ConfigError, Settings, setting
 from ..data.account import say_what_the_data_are
 from ..data.dataset import ClipDataset, open_dataset, sturdy_pixels
 from ..data.held_out import HeldOut, hold_out
+from ..data.identities import dataset_identity
 from ..data.sampler import Pick, without
 from ..data.sheet import write_sheet
-from ..generators import Generators
-from ..identities import dataset_identity
-from ..pictures import strips, write_picture, written_to
+from ..distributed.generators import Generators
+from ..logs.pictures import strips, write_picture, written_to
 from ..reconstruction import LossSettings, Reconstruction, Wanted, quality
 from ..settings import PhaseSettings, RunSettings, SizeSettings, nothing_trained
 from .base import Batch, Clips, Phase, Recipe, check_taken

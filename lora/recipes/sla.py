@@ -23,14 +23,14 @@ from ...pipelines.acceleration.sla_weights import (
     write_config,
 )
 from ...pipelines.weight_files import stated_config, transformer_files, transformer_tensors
-from ..adapter import without_lora
+from ..adapters.adapter import without_lora
+from ..adapters.lora_file import read_facts
 from ..backbones.base import Text
+from ..checkpoints.written import replaced
 from ..config import ConfigError
-from ..fsdp import DTYPES
-from ..generators import Generators
-from ..lora_file import read_facts
+from ..distributed.fsdp import DTYPES
+from ..distributed.generators import Generators
 from ..sparse_training import check_takes_sparse
-from ..written import replaced
 from .base import Batch, Phase, load_trained
 from .lora import FlowLora, TrainLora
 from .sla_settings import SLASettings

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from vidaccel.autoencoders.checkpoint_file import write_stated
 from vidaccel.autoencoders.file_modes import as_new_files
 from vidaccel.lora.backbones.folders import write_model
-from vidaccel.lora.checkpoint import Checkpoint, CheckpointFolder
-from vidaccel.lora.written import save_tensors
+from vidaccel.lora.checkpoints.checkpoint import Checkpoint, CheckpointFolder
+from vidaccel.lora.checkpoints.written import save_tensors
 from vidaccel.pipelines.drafts import beside
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="files have no such modes there")

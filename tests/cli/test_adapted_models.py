@@ -13,7 +13,7 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.media.video_reader import read_video
 from vidaccel.generation.models.facts import DEFAULTS_FILE, inspect_model
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.lora.adapter import AdaptedModel, save_adapter
+from vidaccel.lora.adapters.adapter import AdaptedModel, save_adapter
 from vidaccel.pipelines.deep_compression import adapted, adapter_folder
 
 DEEP = {"latent_channels": 8, "block_out_channels": (8, 8, 16, 16), "layers_per_block": (0, 1, 1, 1), "chunk_size": 8}

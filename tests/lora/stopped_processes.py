@@ -9,7 +9,7 @@ import torch
 from conftest import TinyPhase, TinyRecipe, TinySettings
 
 from vidaccel.lora.config import build
-from vidaccel.lora.processes import Process, host_group
+from vidaccel.lora.distributed.processes import Process, host_group
 from vidaccel.lora.stopping import Stopped
 from vidaccel.lora.trainer import Trainer, make_accelerator
 

@@ -17,9 +17,9 @@ from vidaccel.lora import run
 from vidaccel.lora.backbones import wan_encoding
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError, build, read
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.export import export_adapter
 from vidaccel.lora.export import main as export_main
-from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.launch import config_folder
 from vidaccel.lora.recipes.ae_adapt import AEAdapt, AEAdaptSettings, on_one_grid
 from vidaccel.lora.recipes.base import Process

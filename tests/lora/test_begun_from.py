@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from vidaccel.lora import run
-from vidaccel.lora.begun_from import kept_teacher
-from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.lora.checkpoints.begun_from import kept_teacher
+from vidaccel.lora.checkpoints.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.trainer import Stopped
 from vidaccel.pipelines.run_folder import FILE

@@ -17,13 +17,13 @@ from vidaccel.lora import run
 from vidaccel.lora.__main__ import main
 from vidaccel.lora.backbones.base import Encoder, TextEncoder
 from vidaccel.lora.backbones.wan_encoding import WanTextEncoder
-from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.lora.checkpoints.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError, load
 from vidaccel.lora.data.cache import TensorCache, fingerprint, not_kept, tokenizer_fingerprint
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.latents import Latents, say_what_is_cut
 from vidaccel.lora.data.sampler import Pick
-from vidaccel.lora.generators import Place
+from vidaccel.lora.distributed.generators import Place
 from vidaccel.lora.recipes.ae_adapt import AEAdapt
 from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.settings import SizeSettings

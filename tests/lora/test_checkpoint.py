@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from vidaccel.lora import checkpoint as module
-from vidaccel.lora import written
-from vidaccel.lora.checkpoint import Checkpoint, CheckpointError, CheckpointFolder, random_state, set_random_state
-from vidaccel.lora.written import replaced, save_tensors, save_text
+from vidaccel.lora.checkpoints import checkpoint as module
+from vidaccel.lora.checkpoints import written
+from vidaccel.lora.checkpoints.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    CheckpointFolder,
+    random_state,
+    set_random_state,
+)
+from vidaccel.lora.checkpoints.written import replaced, save_tensors, save_text
 
 
 def make(step: int = 1, size: int = 8) -> Checkpoint:

@@ -18,8 +18,8 @@ from torch import nn
 import vidaccel
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.generators import Generators, Place
-from vidaccel.lora.identities import file_identity
+from vidaccel.lora.data.identities import file_identity
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.trainer import Stopped
 from vidaccel.pipelines.run_folder import FILE
 

@@ -16,18 +16,18 @@ import torch
 
 from vidaccel.demo import world
 from vidaccel.generation.media.files import Cut, Media, Undecodable
-from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.lora.checkpoints.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.captions import read_captions
 from vidaccel.lora.data.dataset import open_dataset, sturdy_pixels
 from vidaccel.lora.data.decode import probe, read_clip
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.folder import MediaFolder
+from vidaccel.lora.data.identities import dataset_identity
 from vidaccel.lora.data.sampler import ClipSampler, Pick, nearest_size, without
-from vidaccel.lora.generators import Generators, Place
-from vidaccel.lora.identities import dataset_identity
-from vidaccel.lora.pictures import write_video
-from vidaccel.lora.processes import Process
+from vidaccel.lora.distributed.generators import Generators, Place
+from vidaccel.lora.distributed.processes import Process
+from vidaccel.lora.logs.pictures import write_video
 from vidaccel.lora.settings import DataSettings, SizeSettings
 
 WIDE, TALL = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32)

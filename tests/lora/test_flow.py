@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.flow import noisy, sample_levels, sample_sigmas, shifted
-from vidaccel.lora.generators import Generators, Place
 
 
 def generators(count: int) -> Generators:

@@ -16,15 +16,15 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers.integrations import is_fsdp_enabled
 
 from vidaccel.autoencoders import AutoencoderDCV
-from vidaccel.lora.adapter import add_lora
+from vidaccel.lora.adapters.adapter import add_lora
 from vidaccel.lora.backbones.wan import WanBackbone
 from vidaccel.lora.config import ConfigError
+from vidaccel.lora.distributed.fsdp import autocast_forward, check_plugin, layers_of, split
+from vidaccel.lora.distributed.generators import Generators, Place
+from vidaccel.lora.distributed.sharding import all_finite, copy_whole, optimizer_state, whole
 from vidaccel.lora.ema import EMA
-from vidaccel.lora.fsdp import autocast_forward, check_plugin, layers_of, split
-from vidaccel.lora.generators import Generators, Place
 from vidaccel.lora.optim import clip_gradients
 from vidaccel.lora.reconstruction import LossSettings, Reconstruction
-from vidaccel.lora.sharding import all_finite, copy_whole, optimizer_state, whole
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,7 +17,7 @@ import vidaccel
 from vidaccel.generation.models.facts import inspect_model
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.generators import Generators, Place
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.recipes.gft import mixture, shares
 from vidaccel.lora.trainer import Stopped
 from vidaccel.pipelines.guidance_free import GuidanceFreeError

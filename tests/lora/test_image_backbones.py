@@ -29,7 +29,7 @@ from transformers import (
 
 import vidaccel.demo
 from vidaccel.lora import run
-from vidaccel.lora.adapter import AdaptedModel, save_adapter
+from vidaccel.lora.adapters.adapter import AdaptedModel, save_adapter
 from vidaccel.lora.backbones import open_backbone
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.export import export_adapter

@@ -17,12 +17,12 @@ from vidaccel.lora.data.dataset import open_dataset
 from vidaccel.lora.data.decode import probe
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.folder import MediaFolder
+from vidaccel.lora.data.identities import dataset_identity
 from vidaccel.lora.data.latents import Latents
 from vidaccel.lora.data.sampler import Pick
-from vidaccel.lora.generators import Place
-from vidaccel.lora.identities import dataset_identity
-from vidaccel.lora.processes import Process
-from vidaccel.lora.progress import Progress
+from vidaccel.lora.distributed.generators import Place
+from vidaccel.lora.distributed.processes import Process
+from vidaccel.lora.logs.progress import Progress
 from vidaccel.lora.settings import DataSettings, SizeSettings
 
 WIDE, TALL = SizeSettings(8, 32, 64), SizeSettings(8, 64, 32)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.launched import check_accelerator
+from vidaccel.lora.distributed.launched import check_accelerator
 from vidaccel.lora.phase_checks import check_compiler
 from vidaccel.lora.trainer import make_accelerator
 

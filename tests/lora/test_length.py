@@ -17,7 +17,7 @@ import vidaccel
 from vidaccel.attention import Radial
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError, build
-from vidaccel.lora.generators import Generators, Place
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.recipes.length import TrainLength
 from vidaccel.lora.recipes.length_settings import LengthLoraSettings
 from vidaccel.lora.trainer import Stopped

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from vidaccel.attention import METHODS
 from vidaccel.attention.methods.description import described
 from vidaccel.lora import run
-from vidaccel.lora.adapter import layers_named
+from vidaccel.lora.adapters.adapter import layers_named
 from vidaccel.lora.backbones.wan_encoding import WanParts, WanTextEncoder
-from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.lora.checkpoints.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.generators import Generators, Place
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.trainer import Diverged, Stopped
 
 KINDS = {

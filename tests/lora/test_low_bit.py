@@ -14,7 +14,7 @@ from torch import nn
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.latents import Latents
-from vidaccel.lora.low_bit import check_linears, in_low_bits, linears_of_blocks
+from vidaccel.lora.footprint.low_bit import check_linears, in_low_bits, linears_of_blocks
 from vidaccel.lora.phase_checks import check_phase
 from vidaccel.lora.trainer import Stopped
 

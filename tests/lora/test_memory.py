@@ -12,8 +12,8 @@ from lora_runs import recipe, write
 from trainable import saved
 
 from vidaccel.lora import run
-from vidaccel.lora.generators import Generators, Place
-from vidaccel.lora.memory import training_memory
+from vidaccel.lora.distributed.generators import Generators, Place
+from vidaccel.lora.footprint.memory import training_memory
 from vidaccel.lora.settings import PhaseSettings
 
 WAN_14B = {

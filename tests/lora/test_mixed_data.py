@@ -17,7 +17,7 @@ from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError, build
 from vidaccel.lora.data.dataset import open_dataset
 from vidaccel.lora.data.sampler import ClipSampler, Pick
-from vidaccel.lora.generators import Place
+from vidaccel.lora.distributed.generators import Place
 from vidaccel.lora.settings import DataSettings
 
 SIZES = [

@@ -13,9 +13,9 @@ from torch import nn
 
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.generators import Generators, Place
-from vidaccel.lora.memory import blocks_of
-from vidaccel.lora.offload import Offloaded, offload, offloaded_numbers
+from vidaccel.lora.distributed.generators import Generators, Place
+from vidaccel.lora.footprint.memory import blocks_of
+from vidaccel.lora.footprint.offload import Offloaded, offload, offloaded_numbers
 
 CHECKPOINTED = {"gradient_checkpointing": True}
 

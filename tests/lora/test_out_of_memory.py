@@ -19,7 +19,7 @@ from vidaccel.lora.backbones.wan_own import WanModel
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.latents import Latents
 from vidaccel.lora.data.sampler import without
-from vidaccel.lora.memory import OutOfMemory
+from vidaccel.lora.footprint.memory import OutOfMemory
 from vidaccel.lora.recipes.flow_phase import FlowPhase
 from vidaccel.lora.recipes.lora import TrainLora
 from vidaccel.lora.reconstruction import Reconstruction

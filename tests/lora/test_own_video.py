@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 from trainable import MADE, saved
 
 from vidaccel.lora import run
-from vidaccel.lora.adapter import layers_named
+from vidaccel.lora.adapters.adapter import layers_named
+from vidaccel.lora.adapters.lora_file import FILE, read_lora, save_lora
 from vidaccel.lora.backbones.hunyuan_image_own import HunyuanVideoImageModel
 from vidaccel.lora.backbones.hunyuan_own import PUBLISHED_WIDTH
 from vidaccel.lora.backbones.pipeline_family import PipelineTextEncoder
 from vidaccel.lora.backbones.video_own import OwnVideoEncoder
 from vidaccel.lora.config import ConfigError
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.flow import shifted
-from vidaccel.lora.generators import Generators, Place
-from vidaccel.lora.lora_file import FILE, read_lora, save_lora
 
 SIZE = {"frames": 9, "height": 32, "width": 64}
 # Longer than what the tiny tokenizer of HunyuanVideo I2V has less of the words around a prompt, which are cut off.

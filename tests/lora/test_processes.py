@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vidaccel.lora import run
-from vidaccel.lora.processes import Process
+from vidaccel.lora.distributed.processes import Process
 from vidaccel.lora.stopping import StopRequested
 
 SCRIPT = Path(__file__).with_name("two_processes.py")

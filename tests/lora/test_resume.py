@@ -12,7 +12,7 @@ from lora_runs import write
 from safetensors.torch import load_file, save_file
 
 from vidaccel.lora import run
-from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
+from vidaccel.lora.checkpoints.checkpoint import CheckpointError, CheckpointFolder
 from vidaccel.lora.data.held_out import hold_out
 from vidaccel.lora.recipes.base import SEEDED
 from vidaccel.lora.stopping import Stopped
@@ -94,7 +94,7 @@ def test_a_run_from_before_there_was_a_seeded_order_keeps_its_measured_clips(sto
     folder = stopped.parent / "run" / "checkpoints"
     state = torch.load(min(folder.iterdir()) / "state.pt", weights_only=True)
     old = {name: value for name, value in state["state"]["inputs"].items() if name != SEEDED}
-    monkeypatch.setattr("vidaccel.lora.checkpoint.CheckpointFolder.load", with_inputs(old))
+    monkeypatch.setattr("vidaccel.lora.checkpoints.checkpoint.CheckpointFolder.load", with_inputs(old))
     run("ae_adapt", stopped, resume=str(min(folder.iterdir())))
     assert seeds == [0, None]
 

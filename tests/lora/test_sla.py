@@ -21,7 +21,7 @@ from vidaccel.generation.levers.adapter_places import model_note
 from vidaccel.generation.models.facts import DEFAULTS_FILE, inspect_model
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.generators import Generators, Place
+from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.recipes.sla import SparseLinear
 from vidaccel.lora.trainer import Diverged, Stopped
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA, names_in, read_config

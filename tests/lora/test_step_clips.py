@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidaccel.lora.checkpoint import CheckpointError
+from vidaccel.lora.checkpoints.checkpoint import CheckpointError
+from vidaccel.lora.distributed.step_clips import step_clips_differences
 from vidaccel.lora.recipes.reconstructing import ReconstructionPhase, ReconstructionSettings
 from vidaccel.lora.settings import DataSettings, SizeSettings
-from vidaccel.lora.step_clips import step_clips_differences
 from vidaccel.lora.stopping import Stopped
 
 

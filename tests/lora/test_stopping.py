@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch.distributed.elastic.utils.distributed import get_free_port
 
-from vidaccel.lora.checkpoint import CheckpointFolder
+from vidaccel.lora.checkpoints.checkpoint import CheckpointFolder
+from vidaccel.lora.distributed.processes import Process, ProcessLost
 from vidaccel.lora.launch import _encode
-from vidaccel.lora.processes import Process, ProcessLost
 from vidaccel.lora.stopping import Stopped, StopRequested, StopSignals
 
 SCRIPT = Path(__file__).with_name("stopped_processes.py")

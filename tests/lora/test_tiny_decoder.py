@@ -19,7 +19,7 @@ from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.demo import DemoScenes
 from vidaccel.lora.data.sampler import Pick
-from vidaccel.lora.generators import Place
+from vidaccel.lora.distributed.generators import Place
 from vidaccel.lora.phase_run import Diverged
 from vidaccel.lora.recipes.tiny_decoder import FrozenEncoder, decoded
 from vidaccel.lora.reconstruction import LossSettings, Reconstruction

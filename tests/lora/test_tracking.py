@@ -17,12 +17,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from vidaccel.lora import tracking
+from vidaccel.lora.logs import tracking
+from vidaccel.lora.logs.pictures import write_picture, write_video
+from vidaccel.lora.logs.progress import Progress, duration, each
+from vidaccel.lora.logs.tracking import Tracker
 from vidaccel.lora.phase_run import PhaseRun
-from vidaccel.lora.pictures import write_picture, write_video
-from vidaccel.lora.progress import Progress, duration, each
 from vidaccel.lora.stopping import Stopped
-from vidaccel.lora.tracking import Tracker
 
 
 def log(settings) -> list[dict]:

@@ -20,15 +20,15 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 
 from vidaccel.generation.alone import OWNER, alone
 from vidaccel.lora import phase_run, trainer
-from vidaccel.lora.checkpoint import CheckpointError, CheckpointFolder
+from vidaccel.lora.checkpoints.checkpoint import CheckpointError, CheckpointFolder
 from vidaccel.lora.config import ConfigError, load
+from vidaccel.lora.distributed.processes import Process
+from vidaccel.lora.logs.pace import Pace
+from vidaccel.lora.logs.tracking import Tracker
 from vidaccel.lora.optim import learning_rate, make_optimizer, set_learning_rate
-from vidaccel.lora.pace import Pace
 from vidaccel.lora.phase_run import PhaseRun
-from vidaccel.lora.processes import Process
 from vidaccel.lora.recipes.base import load_trained
 from vidaccel.lora.settings import PhaseSettings
-from vidaccel.lora.tracking import Tracker
 from vidaccel.lora.trainer import Diverged, Stopped, Trainer, make_accelerator
 
 

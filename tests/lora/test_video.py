@@ -18,7 +18,7 @@ from vidaccel.generation.media.video_reader import _opened, read_video
 from vidaccel.lora.data.decode import probe, read_clip
 from vidaccel.lora.data.folder import MediaFolder
 from vidaccel.lora.data.sampler import Pick
-from vidaccel.lora.generators import Place
+from vidaccel.lora.distributed.generators import Place
 from vidaccel.lora.settings import DataSettings, SizeSettings
 
 H264 = ("-c:v", "libx264", "-crf", "4", "-preset", "ultrafast")

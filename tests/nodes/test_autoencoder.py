@@ -8,7 +8,7 @@ import torch
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.nodes.autoencoder import BUILT_IN, LatentScale, load
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.wording import InputError
 
 
 def test_a_picture_of_which_nothing_is_left_is_refused():

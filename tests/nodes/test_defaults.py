@@ -8,8 +8,8 @@ import pytest
 
 from vidaccel import VideoLayout
 from vidaccel.attention import METHODS as IN_PYTHON
-from vidaccel.nodes.acceleration import METHODS, Acceleration
 from vidaccel.nodes.defaults import DENSITY, defaults_of
+from vidaccel.nodes.pipeline.acceleration import METHODS, Acceleration
 
 PAGES = Path(__file__).parents[2] / "nodes" / "web" / "docs"
 

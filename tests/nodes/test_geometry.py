@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from vidaccel import VideoLayout
-from vidaccel.nodes.geometry import Inputs, StaysDense, grid
-from vidaccel.nodes.native_models import DENSE, GEOMETRIES, find_geometry, supported_models, why_dense
+from vidaccel.nodes.native.geometry import Inputs, StaysDense, grid
+from vidaccel.nodes.native.models import DENSE, GEOMETRIES, find_geometry, supported_models, why_dense
 
 ROOT = Path(__file__).resolve().parents[2]
 

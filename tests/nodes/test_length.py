@@ -9,11 +9,11 @@ from length_adapters import write_length
 
 from vidaccel import demo
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.nodes.acceleration import Acceleration
-from vidaccel.nodes.loras import Lora
-from vidaccel.nodes.pipelines import generate, load
-from vidaccel.nodes.residency import Residency
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.pipeline.acceleration import Acceleration
+from vidaccel.nodes.pipeline.loras import Lora
+from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.residency import Residency
+from vidaccel.nodes.report.wording import InputError
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from native_calls import (
 
 from vidaccel import SVG, SVG2, Radial, VideoLayout
 from vidaccel.generation.tuning.store import store
-from vidaccel.nodes.native import KEY, OVERRIDE
-from vidaccel.nodes.sampling import DensePart
+from vidaccel.nodes.native.override import KEY, OVERRIDE
+from vidaccel.nodes.native.sampling import DensePart
 from vidaccel.pipelines.break_even import BreakEven, Key
 
 

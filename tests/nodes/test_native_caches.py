@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vidaccel.nodes.native_caches import asked_of
+from vidaccel.nodes.native.caches import asked_of
 
 
 def asked(level: float, **entry) -> str:

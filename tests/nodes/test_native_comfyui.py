@@ -13,7 +13,7 @@ import torch
 from native_comfyui import MODELS, Calls, layouts, missing, models, patched, sample, tiny, with_override
 
 from vidaccel import SVG, SVG2, Radial, VideoLayout
-from vidaccel.nodes.native_models import GEOMETRIES
+from vidaccel.nodes.native.models import GEOMETRIES
 
 
 def layout_of(description) -> VideoLayout:

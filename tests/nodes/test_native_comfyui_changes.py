@@ -10,8 +10,8 @@ import torch
 from native_comfyui import conditioning, sample, tiny
 
 from vidaccel import GuidanceCache
-from vidaccel.nodes.native_forecast import cache_steps, forecast_log
-from vidaccel.nodes.native_guidance_cache import cache_guidance, guidance_log
+from vidaccel.nodes.native.forecast import cache_steps, forecast_log
+from vidaccel.nodes.native.guidance_cache import cache_guidance, guidance_log
 from vidaccel.pipelines.forecast.settings import ForecastSettings
 
 STEPS = 20

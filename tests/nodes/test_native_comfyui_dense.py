@@ -14,7 +14,7 @@ from comfy_tiny import randn
 from native_comfyui import MODELS, Calls, build, missing, models, patched, sample, tiny, with_override
 
 from vidaccel import SVG2
-from vidaccel.nodes.native_models import why_dense
+from vidaccel.nodes.native.models import why_dense
 
 WAN = MODELS["wan_t2v"]
 

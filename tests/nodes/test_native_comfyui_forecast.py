@@ -13,13 +13,13 @@ import torch
 from native_comfyui import defaults, models, patched, sample, tiny, windowed
 
 from vidaccel import GuidanceCache
-from vidaccel.nodes.native_forecast import WINDOWS, _Cached, cache_steps, forecast_log
-from vidaccel.nodes.native_guidance_cache import cache_guidance
-from vidaccel.nodes.tables import report_text
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.native.forecast import WINDOWS, _Cached, cache_steps, forecast_log
+from vidaccel.nodes.native.guidance_cache import cache_guidance
+from vidaccel.nodes.report.tables import report_text
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.forecast.settings import ForecastSettings
 
-LOG = "vidaccel.nodes.native_forecast"
+LOG = "vidaccel.nodes.native.forecast"
 ANYTHING = ForecastSettings(1e6, most=0)
 STEPS = 8
 

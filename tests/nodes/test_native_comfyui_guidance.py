@@ -14,8 +14,8 @@ from native_comfyui import MODELS, build, defaults, patched, sample, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vidaccel.nodes.native_guidance import guide
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.native.guidance import guide
+from vidaccel.nodes.report.wording import InputError
 
 
 def passes(model) -> list[int]:
@@ -42,7 +42,7 @@ def test_one_pass_a_step_at_the_node_s_guidance(tmp_path, caplog):
     file = write_native(tmp_path)
     clone = guide(model, file, 4.0)
     seen = passes(clone)
-    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance"):
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native.guidance"):
         four = sample(clone, description)
     assert seen == [1, 1, 1, 1]
     assert f"cfg {description.cfg:g} of the sampler is not used; the node's guidance is 4" in caplog.text
@@ -178,7 +178,7 @@ def test_few_steps_are_at_the_levels_of_the_adapter(tmp_path, caplog):
     description, model, _ = tiny("wan_t2v")
     clone = guide(model, write_native(tmp_path, **FEW), 4.0)
     seen = timesteps(clone)
-    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance"):
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native.guidance"):
         sample(clone, description)
     assert seen == pytest.approx([1.0, 0.9, 0.75, 0.5])
     assert "the noise levels of the scheduler are not used" in caplog.text

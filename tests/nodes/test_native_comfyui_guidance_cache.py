@@ -15,11 +15,11 @@ from gft_adapters import write_native
 from native_comfyui import comfy, conditioning, defaults, models, patched, sample, tiny, windowed
 
 from vidaccel import GuidanceCache
-from vidaccel.nodes.native_forecast import cache_steps
-from vidaccel.nodes.native_guidance import guide
-from vidaccel.nodes.native_guidance_cache import _Cached, cache_guidance, guidance_log, mixes_prompts
-from vidaccel.nodes.tables import report_text
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.native.forecast import cache_steps
+from vidaccel.nodes.native.guidance import guide
+from vidaccel.nodes.native.guidance_cache import _Cached, cache_guidance, guidance_log, mixes_prompts
+from vidaccel.nodes.report.tables import report_text
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.forecast.settings import ForecastSettings
 from vidaccel.pipelines.guidance_cache.differences import Differences
 
@@ -64,7 +64,7 @@ def test_what_stands_for_the_negative_pass(name, caplog):
     wanted = sample(by_hand(model), description)
     clone = cache_guidance(model, EVERY_2)
     seen = conditions(clone)
-    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native.guidance_cache"):
         made = sample(clone, description)
     assert sum(kinds.count(1) for kinds in seen) == 3 and sum(kinds.count(0) for kinds in seen) == 4
     assert "Guidance Cache: 3 of 4 passes of the negative prompt were made." in caplog.text
@@ -76,7 +76,7 @@ def test_what_stands_for_the_negative_pass(name, caplog):
 def test_without_guidance_nothing_changes(caplog):
     description, model, _ = tiny("wan_t2v")
     plain = replace(description, cfg=1.0)
-    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native.guidance_cache"):
         assert sample(cache_guidance(model, EVERY_2), plain).equal(sample(model, plain))
     assert not caplog.text
 
@@ -109,7 +109,7 @@ def test_guidance_within_attention_that_a_model_does_not_have_leaves_the_cache_a
     description, model, _ = tiny("wan_t2v")
     guided = nag.NAGuidance.execute(model, 5.0, 0.5, 1.5).args[0]
     assert sample(guided, description).equal(sample(model, description))
-    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native.guidance_cache"):
         sample(cache_guidance(guided, EVERY_2), description)
     assert "3 of 4 passes of the negative prompt were made." in caplog.text
 
@@ -271,7 +271,7 @@ def test_windows_that_all_move_are_told(caplog):
         cache.finish()
         cache.end()
 
-    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_guidance_cache"):
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native.guidance_cache"):
         sampling(False)
         assert "3 of 4 passes" in caplog.text
         sampling(True)

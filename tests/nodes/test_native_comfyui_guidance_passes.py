@@ -12,7 +12,7 @@ import pytest
 import torch
 from native_comfyui import comfy, patched, sample, tiny
 
-from vidaccel.nodes.native_forecast import cache_steps
+from vidaccel.nodes.native.forecast import cache_steps
 from vidaccel.pipelines.forecast.settings import ForecastSettings
 
 nodes_lt = pytest.importorskip("comfy_extras.nodes_lt")
@@ -48,7 +48,7 @@ def test_the_forecast_cache_tells_them_apart(stg, modality, left_out, caplog):
     """Guidance that ends takes the latents another way: its lines begin anew."""
     description, model, _ = tiny("ltxav")
     model = guided(steady(model), stg, modality)
-    with caplog.at_level(logging.INFO, "vidaccel.nodes.native_forecast"):
+    with caplog.at_level(logging.INFO, "vidaccel.nodes.native.forecast"):
         made = sample(cache_steps(model, ForecastSettings(0.1, most=0)), description, steps=16)
     torch.testing.assert_close(made, sample(model, description, steps=16), atol=1e-3, rtol=1e-3)
     told = int(caplog.text.split("Forecast Cache: ")[1].split(" of 16 steps")[0])

@@ -13,7 +13,7 @@ from native_comfyui import ANCHORED, conditioning, management, models, patched, 
 from vidaccel import SVG, Tangent, VideoLayout
 from vidaccel.generation.tuning.break_even import BreakEven
 from vidaccel.generation.tuning.store import Key, store
-from vidaccel.nodes.patch import sparsify
+from vidaccel.nodes.native.patch import sparsify
 
 METHOD = Tangent(density=0.95)
 

@@ -15,7 +15,7 @@ from native_comfyui import defaults, nodes, patched, sample, tiny
 
 from vidaccel.attention import METHODS
 from vidaccel.generation.tuning.store import store
-from vidaccel.nodes.sampling import parse_layers
+from vidaccel.nodes.native.sampling import parse_layers
 from vidaccel.pipelines.break_even import BreakEven, Key, limit
 
 SPARSE = [f"VidaccelSparseAttention{name}" for name in ("SVG2", "SVG", "Radial", "Tangent", "Sparge")]

@@ -14,15 +14,15 @@ from native_comfyui import comfy, models, sample, tiny
 
 from vidaccel import SLA, SVG2, VSA, DenseSchedule, GuidanceCache, Preset, Radial
 from vidaccel.attention import StepInfo
-from vidaccel.nodes import pipelines
-from vidaccel.nodes.native_forecast import cache_steps
-from vidaccel.nodes.native_guidance import guide
-from vidaccel.nodes.native_guidance_cache import cache_guidance
-from vidaccel.nodes.native_models import find_geometry
-from vidaccel.nodes.patch import sparsify
+from vidaccel.nodes.native.forecast import cache_steps
+from vidaccel.nodes.native.guidance import guide
+from vidaccel.nodes.native.guidance_cache import cache_guidance
+from vidaccel.nodes.native.models import find_geometry
+from vidaccel.nodes.native.patch import sparsify
+from vidaccel.nodes.pipeline import pipelines
 from vidaccel.nodes.preset_nodes import apply_native
-from vidaccel.nodes.tables import report_text
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.tables import report_text
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.forecast.settings import ForecastSettings
 from vidaccel.pipelines.presets import Cache
 

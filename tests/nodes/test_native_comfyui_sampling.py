@@ -10,10 +10,10 @@ import torch
 from native_comfyui import comfy, layouts, management, models, patched, sample, tiny
 
 from vidaccel import SVG2, GuidanceCache, Radial, VideoLayout
-from vidaccel.nodes.native import KEY
-from vidaccel.nodes.native_forecast import cache_steps
-from vidaccel.nodes.native_guidance_cache import cache_guidance, guidance_log
-from vidaccel.nodes.tables import report_text
+from vidaccel.nodes.native.forecast import cache_steps
+from vidaccel.nodes.native.guidance_cache import cache_guidance, guidance_log
+from vidaccel.nodes.native.override import KEY
+from vidaccel.nodes.report.tables import report_text
 from vidaccel.pipelines.forecast.settings import ForecastSettings
 
 

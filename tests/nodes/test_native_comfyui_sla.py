@@ -13,7 +13,7 @@ from native_comfyui import defaults, nodes, patched, sample, tiny
 from safetensors.torch import save_file
 
 from vidaccel import SLA
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA, names_in
 
 METHOD = SLA(topk=0.2, block=(32, 32))

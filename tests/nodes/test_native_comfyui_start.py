@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from native_comfyui import nodes  # skips these where there is no ComfyUI
 
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.wording import InputError
 
 APPLY_VSA = nodes()["VidaccelApplyVSA"]
 # The start of a process of its own, with ComfyUI and without what requirements.txt does not name.

@@ -10,7 +10,7 @@ import pytest
 import torch
 from native_comfyui import nodes  # noqa: F401 - skips without a ComfyUI
 
-from vidaccel.nodes.inputs import first_frames
+from vidaccel.nodes.pipeline.inputs import first_frames
 
 impl = pytest.importorskip("comfy_api.latest").InputImpl
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import vidaccel
 from vidaccel import SVG2, VSA, DMDScheduler
-from vidaccel.nodes.tables import report_text
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.tables import report_text
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.few_steps import convert_fastwan
 
 LATENT = (1, 16, 7, 12, 20)  # 2x2x3 cubes of 7x6x10 tokens, of which those at the edges are smaller

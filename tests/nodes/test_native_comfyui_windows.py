@@ -10,7 +10,7 @@ import torch
 from native_comfyui import ANCHORED, models, patched, sample, tiny, windowed
 
 from vidaccel import SVG, Tangent
-from vidaccel.nodes.native import KEPT_LAYOUTS
+from vidaccel.nodes.native.override import KEPT_LAYOUTS
 
 METHOD = Tangent(density=0.6, q_clusters=4, k_clusters=6)
 

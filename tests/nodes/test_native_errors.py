@@ -7,7 +7,7 @@ import torch
 from native_calls import RECORDED, Executor, session_of, step
 
 from vidaccel import SVG, SVG2, Radial, Sparge, Tangent
-from vidaccel.nodes.wording import said_by
+from vidaccel.nodes.report.wording import said_by
 
 
 @pytest.mark.parametrize(

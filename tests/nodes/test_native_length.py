@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from vidaccel import Riflex
 from vidaccel.nodes.length_nodes import VidaccelRadialLength
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.length import TrainedLength, facts_of_length
 
 

@@ -8,10 +8,10 @@ import pytest
 from native_calls import BATCHED, RECORDED, WAN, Executor, Recorded, model_of, run, session_of, step
 
 from vidaccel import SVG2, Tangent
-from vidaccel.nodes.native import NativeAttention
-from vidaccel.nodes.news import CACHED, NEVER
-from vidaccel.nodes.sampling import DensePart
-from vidaccel.nodes.tables import report_text
+from vidaccel.nodes.native.override import NativeAttention
+from vidaccel.nodes.native.sampling import DensePart
+from vidaccel.nodes.report.news import CACHED, NEVER
+from vidaccel.nodes.report.tables import report_text
 
 
 def sampled(session: NativeAttention, *queued: str | None, recorded: Recorded = RECORDED["wan"], **options) -> None:

@@ -17,7 +17,7 @@ from native_calls import (
 )
 
 from vidaccel import SVG, SVG2, Radial
-from vidaccel.nodes.sampling import DensePart
+from vidaccel.nodes.native.sampling import DensePart
 
 
 @pytest.mark.parametrize("method", [SVG2(density=0.6), SVG(density=0.6)])

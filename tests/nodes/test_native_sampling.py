@@ -8,7 +8,7 @@ import pytest
 
 from vidaccel import DenseSchedule
 from vidaccel.attention import StepInfo
-from vidaccel.nodes.sampling import DensePart, branches_of, parse_layers, step_of
+from vidaccel.nodes.native.sampling import DensePart, branches_of, parse_layers, step_of
 
 
 def shifted(percent: float, shift: float = 8.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vidaccel.nodes.passes import Passes
+from vidaccel.nodes.native.passes import Passes
 
 MAIN = {
     "sample_sigmas": torch.tensor([1.0, 0.5, 0.0]),

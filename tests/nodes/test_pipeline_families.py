@@ -7,9 +7,9 @@ import torch
 from families import hunyuan, ltx
 
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.nodes.pipelines import generate, load
-from vidaccel.nodes.previews import has_known_latents
-from vidaccel.nodes.residency import Residency
+from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.previews import has_known_latents
+from vidaccel.nodes.pipeline.residency import Residency
 
 CPU = torch.device("cpu")
 

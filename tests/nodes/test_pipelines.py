@@ -21,13 +21,13 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.levers.methods import MIN_SPARSE_TOKENS
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.tuning.store import store
-from vidaccel.nodes import inputs, pipelines
-from vidaccel.nodes.acceleration import METHODS, Acceleration
 from vidaccel.nodes.adapter_files import state_of_pipeline
-from vidaccel.nodes.pipelines import find_pipelines, generate, load, locate
-from vidaccel.nodes.residency import Residency
-from vidaccel.nodes.tables import report_image, report_text
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.pipeline import inputs, pipelines
+from vidaccel.nodes.pipeline.acceleration import METHODS, Acceleration
+from vidaccel.nodes.pipeline.pipelines import find_pipelines, generate, load, locate
+from vidaccel.nodes.pipeline.residency import Residency
+from vidaccel.nodes.report.tables import report_image, report_text
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.break_even import BreakEven, Key
 from vidaccel.pipelines.few_steps import convert_fastwan
 

@@ -12,10 +12,11 @@ import torch
 import vidaccel
 from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.nodes import pipelines
-from vidaccel.nodes.acceleration import Acceleration
-from vidaccel.nodes.native_models import GEOMETRIES
-from vidaccel.nodes.pipelines import generate, load
+from vidaccel.nodes.native.models import GEOMETRIES
+from vidaccel.nodes.pipeline import pipelines
+from vidaccel.nodes.pipeline.acceleration import Acceleration
+from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.residency import Residency
 from vidaccel.nodes.presets import (
     chosen_preset,
     find_presets,
@@ -24,9 +25,8 @@ from vidaccel.nodes.presets import (
     state_of_preset,
     with_preset,
 )
-from vidaccel.nodes.residency import Residency
-from vidaccel.nodes.tables import report_text
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.tables import report_text
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.acceleration import FAMILIES
 from vidaccel.pipelines.presets import Cache, LoraFile, Quantize, SchedulerChoice, save_preset, shipped_presets
 

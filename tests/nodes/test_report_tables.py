@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from vidaccel.attention import CallRecord, RunReport
-from vidaccel.nodes.news import GenerationReport, News
-from vidaccel.nodes.tables import report_image, report_text, side_by_side
+from vidaccel.nodes.report.news import GenerationReport, News
+from vidaccel.nodes.report.tables import report_image, report_text, side_by_side
 
 
 def record(run: int = 0, step: int = 0, layer: int = 0, **changes) -> CallRecord:

@@ -14,8 +14,8 @@ from vidaccel.attention import PlanMemory
 from vidaccel.autoencoders.memory import memory_to_decode
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.nodes.previews import decode_frame, decodes_quickly, preview_latent
-from vidaccel.nodes.residency import Residency, part_bytes, working_memory
+from vidaccel.nodes.pipeline.previews import decode_frame, decodes_quickly, preview_latent
+from vidaccel.nodes.pipeline.residency import Residency, part_bytes, working_memory
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from sla_models import write_adapter, write_model
 
 import vidaccel
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.nodes.pipelines import generate, load
-from vidaccel.nodes.residency import Residency
-from vidaccel.nodes.sla import LearnedSLA, matrices_and_projections, open_adapter
-from vidaccel.nodes.tables import report_text
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.native.sla import LearnedSLA, matrices_and_projections, open_adapter
+from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.residency import Residency
+from vidaccel.nodes.report.tables import report_text
+from vidaccel.nodes.report.wording import InputError
 
 
 def native(name: str = "WanModel", layers: int = 6, dim: int = 192, heads: int = 3):

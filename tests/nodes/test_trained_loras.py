@@ -17,14 +17,14 @@ from diffusers import CogVideoXTransformer3DModel, HunyuanVideoTransformer3DMode
 from families import cogvideo, hunyuan, ltx
 from tiny_images import flux_transformer
 
-from vidaccel.lora.adapter import add_lora, layers_named
+from vidaccel.lora.adapters.adapter import add_lora, layers_named
+from vidaccel.lora.adapters.lora_file import save_lora
 from vidaccel.lora.backbones.base import OwnModel
 from vidaccel.lora.backbones.cogvideox_own import CogVideoXModel
 from vidaccel.lora.backbones.flux import FluxModel
 from vidaccel.lora.backbones.hunyuan_own import HunyuanVideoModel, native_name, native_rows
 from vidaccel.lora.backbones.ltx_own import LTXModel
 from vidaccel.lora.backbones.wan_own import WanModel
-from vidaccel.lora.lora_file import save_lora
 
 pytestmark = pytest.mark.skipif(not COMFYUI, reason=WHY_SKIPPED)
 

@@ -12,12 +12,12 @@ from layer_clock import layer_clock
 from vidaccel import Preset, demo
 from vidaccel.generation.tuning import space
 from vidaccel.generation.tuning.journal import FILE
-from vidaccel.nodes.acceleration import Acceleration
-from vidaccel.nodes.pipelines import VideoPipeline, load
+from vidaccel.nodes.pipeline.acceleration import Acceleration
+from vidaccel.nodes.pipeline.pipelines import VideoPipeline, load
+from vidaccel.nodes.pipeline.residency import Residency
+from vidaccel.nodes.pipeline.tuning import folder_of, tuned
 from vidaccel.nodes.presets import with_preset
-from vidaccel.nodes.residency import Residency
-from vidaccel.nodes.tuning import folder_of, tuned
-from vidaccel.nodes.wording import InputError
+from vidaccel.nodes.report.wording import InputError
 from vidaccel.pipelines.presets import Cache, load_preset
 
 PROMPTS = "\n".join([demo.HELD_OUT_PROMPTS[0], "", f"  {demo.HELD_OUT_PROMPTS[1]} "])
@@ -55,7 +55,7 @@ def thresholds(monkeypatch, button):
     """One that skips all after the first step."""
     button.at = -1
     monkeypatch.setitem(space.THRESHOLDS["first_block"], "quick", (1e3,))
-    monkeypatch.setattr("vidaccel.nodes.tuning.CACHES", ("first_block",))
+    monkeypatch.setattr("vidaccel.nodes.pipeline.tuning.CACHES", ("first_block",))
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def test_compiled_blocks_are_asked_for_on_the_device_of_the_pipeline(pipeline, t
 
 
 def test_a_package_that_is_missing(pipeline, tune, tmp_path, monkeypatch):
-    monkeypatch.setattr("vidaccel.nodes.tuning.PACKAGES", ("nothing-of-the-kind>=1",))
+    monkeypatch.setattr("vidaccel.nodes.pipeline.tuning.PACKAGES", ("nothing-of-the-kind>=1",))
     with pytest.raises(InputError, match=r'^tuning needs nothing-of.* pip install -r .* "nothing-of-the-kind>=1"$'):
         tune(pipeline, tmp_path / "t")
 

@@ -196,7 +196,9 @@ def test_the_root_loads_nothing_heavy(fresh, on_path):
 def test_what_comfyui_loads_at_its_start_leaves_diffusers_out(fresh, on_path, package_folders):
     """It takes seconds to import, may not be installed, and a workflow with native models does without."""
     of_comfyui = ("_node", "_nodes")
-    names = [file.stem for file in package_folders["vidaccel.nodes"].glob("*.py") if not file.stem.endswith(of_comfyui)]
+    top = package_folders["vidaccel.nodes"]
+    files = [file.relative_to(top) for file in top.rglob("*.py") if not file.stem.endswith(of_comfyui)]
+    names = [".".join(["vidaccel.nodes", *file.with_suffix("").parts]).removesuffix(".__init__") for file in files]
     assert len(names) > 20
     absent = ("diffusers", "transformers", "accelerate", "peft", "matplotlib", "comfy", "comfy_api", "folder_paths")
     fresh(
@@ -204,7 +206,7 @@ def test_what_comfyui_loads_at_its_start_leaves_diffusers_out(fresh, on_path, pa
         {ABSENT.format(names=absent)}
         import importlib
         for name in {sorted(names)}:
-            importlib.import_module("vidaccel.nodes" if name == "__init__" else f"vidaccel.nodes.{{name}}")
+            importlib.import_module(name)
         """,
         on_path,
     )

@@ -16,10 +16,10 @@ from vidaccel.generation.levers.adapter_places import taken_notes
 from vidaccel.generation.levers.guidance import guidance_adapters
 from vidaccel.generation.levers.loras import lora_files
 from vidaccel.generation.levers.sla import sla_adapters
+from vidaccel.lora.adapters.lora_file import lora_path
 from vidaccel.lora.config import ConfigError
-from vidaccel.lora.lora_file import lora_path
 from vidaccel.nodes.adapter_files import state_of
-from vidaccel.nodes.loras import Lora
+from vidaccel.nodes.pipeline.loras import Lora
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA
 from vidaccel.pipelines.adapter_header import facts_of
 from vidaccel.pipelines.length.adapter_file import read_length

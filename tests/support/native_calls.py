@@ -14,8 +14,8 @@ import torch.nn.functional as F
 
 from vidaccel import SVG2, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
-from vidaccel.nodes.native import OVERRIDE, NativeAttention
-from vidaccel.nodes.sampling import DensePart
+from vidaccel.nodes.native.override import OVERRIDE, NativeAttention
+from vidaccel.nodes.native.sampling import DensePart
 
 HEADS, HEAD_DIM = 2, 16
 

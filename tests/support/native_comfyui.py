@@ -19,7 +19,7 @@ try:
 except (ImportError, RuntimeError) as error:  # a torchvision that does not fit torch raises the latter
     reason = f"this Python cannot import ComfyUI ({error}): run pytest with the one that ComfyUI runs with"
     pytest.skip(reason, allow_module_level=True)
-from vidaccel.nodes.patch import sparsify
+from vidaccel.nodes.native.patch import sparsify
 
 __all__ = ["MODELS", "Calls", "build", "defaults", "forget_models", "layouts", "management", "missing", "models"]
 __all__ += ["ANCHORED", "comfy", "conditioning", "nodes", "patched", "sample", "tiny", "windowed", "with_override"]

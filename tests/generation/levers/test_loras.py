@@ -24,8 +24,8 @@ from vidaccel.generation.levers.lora_fit import trained_elsewhere
 from vidaccel.generation.levers.loras import attach, lora_files
 from vidaccel.generation.models.facts import inspect_model, inspect_pipeline
 from vidaccel.generation.requests.settings import Settings
+from vidaccel.lora.adapters.lora_file import save_lora
 from vidaccel.lora.backbones.wan_own import WanModel
-from vidaccel.lora.lora_file import save_lora
 from vidaccel.pipelines.lora_files import LoraFile, target_of
 from vidaccel.pipelines.weight_files import transformer_files
 

@@ -9,7 +9,7 @@ from comfy_models import MODELS, build, comfy, missing, sample
 
 from vidaccel import Tangent
 from vidaccel.nodes import vsa_nodes
-from vidaccel.nodes.patch import sparsify
+from vidaccel.nodes.native.patch import sparsify
 
 from . import pretended_gpu
 

@@ -1,0 +1,1 @@
+"""What training makes: adapters and LoRAs, and their files."""

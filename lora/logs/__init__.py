@@ -1,0 +1,1 @@
+"""What a run tells: its log, trackers, bars, pictures and videos."""
