@@ -1,14 +1,16 @@
-"""SLA on the built-in Wan model: what training with 1 of 18 key blocks brings back, beside what needs no training.
+"""SLA on the built-in Wan model: what training with few key blocks brings back, beside what needs no training.
 
     python benchmarks/sla_demo.py --steps 5000 --decay 1000 --prompts 64 --processes 2
     python benchmarks/sla_demo.py --blocks 2 --start runs/sla_demo --work runs/sla_demo_2 --steps 600 --decay 150
+    python benchmarks/sla_demo.py --blocks 4 --block 16 --work runs/sla_demo_16 --steps 2800 --decay 600
 
 Trains with the ready settings `demo_sla` in two arms, with linear attention over all keys and with block-sparse
 attention alone, in turn and equally long (a call goes on where the last one stopped; the learning rate falls in the
 last steps). Then it makes the videos of held-out prompts with dense attention, with both arms, with the same blocks
 untrained, and with Tangent at the same density, from the same seeds. The second line goes on from there with twice the
-blocks. Results go to `benchmarks/results/sla_demo*`, one section for each number of blocks; with `--untrained` the rows
-that need no training are measured anew, and the others stay.
+blocks; the third begins anew with as much of the keys in blocks of half the size. Results go to
+`benchmarks/results/sla_demo*`, one section for each number of blocks; with `--untrained` the rows that need no training
+are measured anew, and the others stay.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 import yaml
@@ -28,17 +30,32 @@ from common import RESULTS, environment_line, read_rows, write_markdown
 from prompts import Made, make, psnr
 
 ARMS = {"all": "SLA, linear attention over all keys", "none": "block-sparse alone"}
-KEY_BLOCKS = 18  # of 32 of the 576 tokens, as in demo_sla
+TOKENS = 576
 UNTRAINED = DENSE, BLOCKS, TANGENT = "dense", "block-sparse, untrained", "Tangent, untrained"
 
 
-def share(blocks: int) -> float:
-    """Of the key blocks, no less."""
-    return math.ceil(1e4 * blocks / KEY_BLOCKS) / 1e4
+class Reads(NamedTuple):
+    """What a query block reads: so many key blocks of so many tokens, queries in blocks of as many."""
+
+    blocks: int
+    block: int
+
+    @property
+    def there(self) -> int:
+        """Key blocks of the model's sequence."""
+        return TOKENS // self.block
+
+    @property
+    def share(self) -> float:
+        """Of the key blocks, no less."""
+        return math.ceil(1e4 * self.blocks / self.there) / 1e4
+
+    def __str__(self) -> str:
+        return f"{self.blocks} of {self.there}"
 
 
 def train(
-    work: Path, cache: Path, blocks: int, start: Path | None, steps: int, decay: int, piece: int
+    work: Path, cache: Path, reads: Reads, start: Path | None, steps: int, decay: int, piece: int
 ) -> dict[str, Path]:
     """The folders of the trained pipelines; both arms go on in turn, so that they are equally long wherever it ends."""
     from vidaccel.lora import config_folder, run
@@ -48,7 +65,8 @@ def train(
         for arm in ARMS:
             changes = [f"out={work / f'sla_{arm}'}", f"data.cache={cache}", f"sla.linear_scope={arm}"]
             changes += [f"train.steps={upto}", f"train.lr_decay_steps={decay if upto == steps else 0}"]
-            changes += [f"sla.topk={share(blocks)}", "loop.tracker=none"]
+            changes += [f"sla.topk={reads.share}", f"sla.block_q={reads.block}", f"sla.block_k={reads.block}"]
+            changes += ["loop.tracker=none"]
             if start is not None:
                 changes.append(f"sla.start={start / f'sla_{arm}' / 'pipeline'}")
             if _last(work / f"sla_{arm}").get("step", 0) < upto or upto == steps:
@@ -72,7 +90,7 @@ def learned(runs: dict[str, Path]) -> list[dict]:
     return [rows[step] for step in sorted(rows)]
 
 
-def videos(name: str, arm: Path | None, blocks: int, count: int, steps: int, scale: float) -> tuple[float, list[Made]]:
+def videos(name: str, arm: Path | None, reads: Reads, count: int, steps: int, scale: float) -> tuple[float, list[Made]]:
     """The density and the videos of a kind of attention: one without training, or an arm, with its transformer."""
     import torch
     from diffusers import WanPipeline, WanTransformer3DModel
@@ -89,22 +107,22 @@ def videos(name: str, arm: Path | None, blocks: int, count: int, steps: int, sca
         pipe.register_modules(transformer=WanTransformer3DModel.from_pretrained(arm))
         method = "sla"
     elif name == BLOCKS:
-        method = SLA(topk=share(blocks), block=(32, 32), linear_scope="none")
+        method = SLA(topk=reads.share, block=(reads.block, reads.block), linear_scope="none")
     elif name == TANGENT:
         # As many clusters as leave half of so low a density for pairs.
-        method = Tangent(density=blocks / KEY_BLOCKS, q_clusters=32, k_clusters=16, schedule=DenseSchedule())
+        method = Tangent(density=reads.blocks / reads.there, q_clusters=32, k_clusters=16, schedule=DenseSchedule())
     handle = None if method is None else vidaccel.accelerate(pipe, method)
     with contextlib.nullcontext() if handle is None else handle:
         made = [make(pipe, prompt, seed, 33, steps, scale) for seed, prompt in enumerate(prompts)]
         return 1.0 if handle is None else handle.report().mean_density(), made
 
 
-def compare(arms: dict[str, Path], blocks: int, count: int, steps: int, scale: float, processes: int) -> list[dict]:
+def compare(arms: dict[str, Path], reads: Reads, count: int, steps: int, scale: float, processes: int) -> list[dict]:
     """A row for each kind of attention: how near its videos are to the dense ones, and how many are right."""
     kinds: list[tuple[str, Path | None]] = [(name, None) for name in UNTRAINED]
     kinds += [(f"{ARMS[arm]}, trained", folder) for arm, folder in arms.items()]
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pending = [pool.submit(videos, *kind, blocks, count, steps, scale) for kind in kinds]
+        pending = [pool.submit(videos, *kind, reads, count, steps, scale) for kind in kinds]
         found = [each.result() for each in pending]
     dense, rows = found[0][1], []
     for (name, _), (density, made) in zip(kinds, found, strict=True):
@@ -126,7 +144,8 @@ def compare(arms: dict[str, Path], blocks: int, count: int, steps: int, scale: f
 
 
 def main(
-    blocks: Annotated[int, typer.Option(min=1, max=17, help="Key blocks of 18 that each query block reads.")] = 1,
+    blocks: Annotated[int, typer.Option(min=1, help="Key blocks that each query block reads.")] = 1,
+    block: Annotated[int, typer.Option(help="Tokens of a block, of which the 576 are made up.")] = 32,
     start: Annotated[
         Path | None, typer.Option(help="The --work of an earlier call, whose arms are gone on from.")
     ] = None,
@@ -159,11 +178,16 @@ def main(
     torch.set_num_threads(1)
     file = out / "sla_demo.json"
     found = json.loads(file.read_text()) if file.is_file() else {}
+    if block < 1 or TOKENS % block:
+        raise typer.BadParameter(f"{block} does not divide {TOKENS}: give 16, 32 or 64.", param_hint="--block")
+    reads = Reads(blocks, block)
+    if blocks >= reads.there:
+        raise typer.BadParameter(f"{reads} blocks leave none out: give fewer.", param_hint="--blocks")
     if untrained:
-        if str(blocks) not in found:
-            raise typer.BadParameter(f"{file} has no rows of {blocks} blocks: leave it out.", param_hint="--untrained")
-        known = found[str(blocks)]
-        rows = compare({}, blocks, known["prompts"], known["denoising_steps"], known["guidance_scale"], processes)
+        if str(reads) not in found:
+            raise typer.BadParameter(f"{file} has no rows of {reads} blocks: leave it out.", param_hint="--untrained")
+        known = found[str(reads)]
+        rows = compare({}, reads, known["prompts"], known["denoising_steps"], known["guidance_scale"], processes)
         known["videos"][: len(rows)] = rows
         known["untrained_environment"] = environment_line()
         _write(out, found)
@@ -174,23 +198,29 @@ def main(
         given = dict(text.split("=", 1) for text in arm)
         runs = {name: Path(given[name]) for name in ARMS if name in given}
     else:
-        trained = train(work, cache or work / "cache", blocks, start, steps, decay, piece)
+        trained = train(work, cache or work / "cache", reads, start, steps, decay, piece)
         runs = {name: folder.parent for name, folder in trained.items()}
     arms = {name: folder / "pipeline" / "transformer" for name, folder in runs.items()}
-    rows = compare(arms, blocks, prompts, denoising_steps, guidance_scale, processes)
+    rows = compare(arms, reads, prompts, denoising_steps, guidance_scale, processes)
     done = {name: _last(folder).get("step", 0) for name, folder in runs.items()}
     facts = {"environment": environment_line(), "steps": done}
     facts |= {"prompts": prompts, "denoising_steps": denoising_steps, "guidance_scale": guidance_scale}
     facts["went_on"] = start is not None or any(_starts(folder) for folder in runs.values())
-    found[str(blocks)] = {**facts, "learned": learned(runs), "videos": rows}
+    found[str(reads)] = {**facts, "learned": learned(runs), "videos": rows}
     _write(out, found)
 
 
 def _write(out: Path, found: dict[str, Any]) -> None:
     """sla_demo.json and sla_demo.md."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sla_demo.json").write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n")
+    (out / "sla_demo.json").write_text(json.dumps(dict(sorted(found.items(), key=_places)), indent=1) + "\n")
     write_page(out)
+
+
+def _places(section: tuple[str, Any]) -> tuple[int, int]:
+    """Where a section stands: by the number of all blocks, and of those that are read."""
+    blocks, there = map(int, section[0].split(" of "))
+    return there, blocks
 
 
 def _starts(run: Path) -> bool:
@@ -203,13 +233,14 @@ def write_page(out: Path) -> None:
     """sla_demo.md from sla_demo.json."""
     sections = json.loads((out / "sla_demo.json").read_text())
     text, tables = "Made by `benchmarks/sla_demo.py`. ± is the standard deviation over videos.", []
-    for blocks, found in sections.items():
+    for reads, found in sections.items():
+        blocks, there = map(int, reads.split(" of "))
         both = " Both arms have seen the same clips, noise and levels at each step." if len(found["steps"]) > 1 else ""
         steps = " and ".join(f"{number:,}" for number in sorted(set(found["steps"].values())))
         before = ", went on from the arms with fewer blocks" if found["went_on"] else ""
         text += (
-            f"\n\n**{blocks} of {KEY_BLOCKS} key blocks of 32 tokens** in every layer and step of the built-in Wan "
-            f"model, {100 - 100 * int(blocks) / KEY_BLOCKS:.1f} % sparse. One table has the videos of "
+            f"\n\n**{reads} key blocks of {TOKENS // there} tokens** in every layer and step of the built-in Wan "
+            f"model, {100 - 100 * blocks / there:.1f} % sparse. One table has the videos of "
             f"{found['prompts']} held-out prompts with {found['denoising_steps']} steps, guidance "
             f"{found['guidance_scale']:g} and the same seeds in each row: how near they are to those "
             "of dense attention, and how many show what their prompt says. "

@@ -79,6 +79,6 @@ def test_sparse_linear_attention_of_a_trained_model(tmp_path):
     write_model(tmp_path / "run" / "pipeline", demo.path(), method=SLA(topk=0.0556, block=(32, 32)))
     work = ["--arm", f"all={tmp_path / 'run'}", "--prompts", "1", "--denoising-steps", "3"]
     run("sla_demo.py", *work, "--out", str(tmp_path))
-    rows = json.loads((tmp_path / "sla_demo.json").read_text())["1"]["videos"]
+    rows = json.loads((tmp_path / "sla_demo.json").read_text())["1 of 18"]["videos"]
     assert rows[0]["attention"] == "dense" and rows[-1]["attention"].endswith("trained")
     assert rows[0]["all right"].endswith("of 1") and float(rows[-1]["PSNR to dense, dB"]) > 0
