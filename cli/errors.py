@@ -9,7 +9,7 @@ from typing import Any
 
 from ..generation.errors import BadInput
 from ..generation.packages import check_command_line
-from ..pipelines.whole_files import NotWritten
+from ..pipelines.files.whole_files import NotWritten
 from .terminal import not_printed
 
 _NAMES = {

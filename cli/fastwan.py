@@ -32,7 +32,7 @@ def fastwan_command(
     Every key and shape is checked before anything is written.
     """
     with one_line_errors():
-        from ..pipelines.locations import is_hub_id
+        from ..pipelines.files.locations import is_hub_id
 
         if not Path(source).expanduser().is_dir() and not is_hub_id(source):
             problem = "it is neither a folder here nor a hub id of the form owner/name"

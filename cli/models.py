@@ -111,7 +111,7 @@ def convert_command(
 
 
 def _may_be_on_the_hub(source: Path) -> bool:
-    from ..pipelines.locations import is_hub_id
+    from ..pipelines.files.locations import is_hub_id
 
     return is_hub_id(str(source)) and source.suffix.lower() not in _FILES
 
@@ -151,8 +151,8 @@ def _write_pipeline(
 def _write_autoencoder(source: Path, target: Path, changes: dict[str, Any]) -> None:
     """A published file as the folder of an `AutoencoderDCV`."""
     from ..autoencoders.convert import CheckpointError, load_published
-    from ..pipelines.drafts import beside
     from ..pipelines.errors import first_line
+    from ..pipelines.files.drafts import beside
 
     try:
         model = load_published(source, **changes)

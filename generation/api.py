@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from ..attention.methods.base import Method
     from ..pipelines.guidance_cache.settings import GuidanceCache
-    from ..pipelines.lora_files import LoraFile
+    from ..pipelines.loras.files import LoraFile
     from ..pipelines.presets import Cache, Compile, Preset, Quantize
     from .requests.options import GenerateOptions
 

@@ -43,7 +43,7 @@ def check_untouched(pipe: DiffusionPipeline) -> None:
     """Raise BadInput for a loaded pipeline in which a preset or sparse attention is at work: its dense run would not be
     one.
     """
-    from ..pipelines.undo import sparse_at_work
+    from ..pipelines.hooks.undo import sparse_at_work
 
     if found := sparse_at_work(pipe):
         problem = f"{found} is at work in it already, so that no run of it would be dense"

@@ -204,7 +204,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _weights_on_disk(facts: ModelFacts, adapter: dict[str, Any] | None) -> str:
     """Sizes of all parts; adapter-only weights come on top of those of their base model, whose autoencoder rests."""
-    from ..pipelines.missing_weights import missing_weights
+    from ..pipelines.files.missing_weights import missing_weights
 
     sizes = _weights(Path(facts.location))
     lacking = missing_weights(facts.location)

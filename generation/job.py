@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from ..pipelines.guidance_free.adapter_file import GuidanceFreeAdapter
     from ..pipelines.length.settings import Riflex
     from ..pipelines.length.trained import TrainedLength
-    from ..pipelines.lora_files import LoraFile
+    from ..pipelines.loras.files import LoraFile
     from ..pipelines.presets import Preset
 
 

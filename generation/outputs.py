@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO
 
-from ..pipelines.whole_files import is_stream
+from ..pipelines.files.whole_files import is_stream
 from .errors import BadInput, mention
 from .requests.values import check_name
 

@@ -97,8 +97,8 @@ def load(
     from safetensors import SafetensorError
 
     from ..pipelines.errors import first_line
+    from ..pipelines.files.missing_weights import missing_weights
     from ..pipelines.loading import load_pipeline
-    from ..pipelines.missing_weights import missing_weights
 
     check_packages(facts)
     if lacking := missing_weights(facts.location):

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from ..pipelines.plain_content import content_of
+from ..pipelines.files.plain_content import content_of
 
 T = TypeVar("T")
 

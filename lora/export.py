@@ -32,8 +32,8 @@ def export_adapter(run: Path, target: Path) -> Path:
     from ..autoencoders import AutoencoderDCV
     from ..autoencoders.checkpoint_file import variant_in
     from ..pipelines.deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, read_facts
-    from ..pipelines.json_files import write_json
-    from ..pipelines.plain_content import object_in
+    from ..pipelines.files.json_files import write_json
+    from ..pipelines.files.plain_content import object_in
     from .backbones.folders import write_model
     from .checkpoints.written import replaced, save_tensors
 

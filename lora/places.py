@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import demo
-from ..pipelines.locations import is_hub_id, is_single_file
+from ..pipelines.files.locations import is_hub_id, is_single_file
 from .backbones.folders import located
 from .checkpoints.begun_from import KEPT, START, TEACHER
 from .config import ConfigError

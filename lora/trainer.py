@@ -20,7 +20,7 @@ import torch
 from ..generation.alone import alone
 from ..generation.errors import BadInput
 from ..generation.outputs import check_writable
-from ..pipelines.run_folder import RESULTS, SETTINGS
+from ..pipelines.files.run_folder import RESULTS, SETTINGS
 from .checkpoints.begun_from import kept
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
 from .checkpoints.resuming import changed, check_inputs, check_steps

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..pipelines.run_folder import NoAdapter, adapter_path
+from ..pipelines.files.run_folder import NoAdapter, adapter_path
 from .report.wording import InputError
 
 BY_PATH = "the path below"

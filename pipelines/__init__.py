@@ -1,5 +1,6 @@
 """diffusers pipelines in rooms: `acceleration`, `guidance_free`, `length` and `presets` of those that exist, and
-`deep_compression` (DC-VideoGen, DC-Gen) and `few_steps` of those that do not.
+`deep_compression` (DC-VideoGen, DC-Gen) and `few_steps` of those that do not. `files`, `loras` and `hooks` are what the
+rooms share.
 
 The names are looked up on first use, here and in the rooms, because diffusers takes seconds to import.
 """
@@ -32,13 +33,13 @@ if TYPE_CHECKING:
     from .deep_compression import DCVideoGenImageToVideoPipeline as DCVideoGenImageToVideoPipeline
     from .deep_compression import DCVideoGenPipeline as DCVideoGenPipeline
     from .deep_compression import convert_repository as convert_repository
-    from .undo import restore as restore
+    from .hooks.undo import restore as restore
 
 _LATER = {
     **dict.fromkeys(
         ("FAMILIES", "Family", "Handle", "accelerate", "find_transformers", "supported_pipelines"), ".acceleration"
     ),
-    "restore": ".undo",
+    "restore": ".hooks.undo",
     **dict.fromkeys(deep_compression.__all__, ".deep_compression"),
 }
 

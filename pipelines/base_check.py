@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Protocol
 
-from .weight_files import HubError, stated_config, transformer_files
+from .files.weight_files import HubError, stated_config, transformer_files
 
 
 class Adapter(Protocol):

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .acceleration.copies import CopiedNotPickled
 from .acceleration.families import BOTH, Family
-from .diffusers_hooks import hooks_of
-from .running_pipeline import PipelineOfPass, running_pipeline
+from .hooks.diffusers_hooks import hooks_of
+from .hooks.running_pipeline import PipelineOfPass, running_pipeline
 
 TWO = ("cond", "uncond")
 """Branches that have a pass each."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .base_check import place_of
-from .json_files import stated, write_json
+from .files.json_files import stated, write_json
 
 KEY = "_trained_for"
 

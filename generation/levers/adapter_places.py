@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ...pipelines.lora_files import LoraFile
-from ...pipelines.run_folder import taken
+from ...pipelines.files.run_folder import taken
+from ...pipelines.loras.files import LoraFile
 from .loras import asked_loras
 
 if TYPE_CHECKING:

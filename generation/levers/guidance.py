@@ -38,8 +38,8 @@ def guidance_adapters(given: str | Path | Sequence[str | Path]) -> tuple[Guidanc
 
 def own_files(facts: ModelFacts) -> dict[str, Path | None]:
     """Transformer -> the file of the adapter that a model has of its own for it; None where it has none."""
+    from ...pipelines.files.weight_files import transformer_file
     from ...pipelines.guidance_free.adapter_file import OWN_FILE
-    from ...pipelines.weight_files import transformer_file
 
     return {part: transformer_file(facts.location, OWN_FILE, part) for part in transformers_of(facts)}
 
@@ -68,8 +68,8 @@ def adapters_beside(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
 
     Of a model of the hub, only those that it has of its own: other names are not known without a folder.
     """
+    from ...pipelines.files.weight_files import transformer_file
     from ...pipelines.guidance_free.adapter_file import OWN_FILE, GuidanceFreeError, read_adapter
-    from ...pipelines.weight_files import transformer_file
 
     files: list[Path] = []
     for part in transformers_of(facts):
@@ -85,7 +85,7 @@ def adapters_beside(facts: ModelFacts) -> tuple[GuidanceFreeAdapter, ...]:
 
 def transformers_of(facts: ModelFacts) -> list[str]:
     """The names of a model's transformers, by its files."""
-    from ...pipelines.weight_files import stated_config
+    from ...pipelines.files.weight_files import stated_config
 
     return [part for part in TRANSFORMERS if stated_config(facts.location, part) is not None]
 
@@ -108,7 +108,7 @@ def placed(facts: ModelFacts, pipe: Any) -> ModelFacts:
 
 def check_adapters(adapters: Sequence[GuidanceFreeAdapter], facts: ModelFacts) -> None:
     """Raise BadInput for adapters of another model."""
-    from ...pipelines.weight_files import transformer_files
+    from ...pipelines.files.weight_files import transformer_files
 
     for adapter in adapters:
         if transformer_files(facts.location, adapter.part) != adapter.base_hash:

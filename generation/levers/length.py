@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ...attention.methods.base import Method
     from ...pipelines.length.settings import Riflex
     from ...pipelines.length.trained import TrainedLength
-    from ...pipelines.lora_files import LoraFile
+    from ...pipelines.loras.files import LoraFile
     from ..models.facts import ModelFacts
 
 ROPES = ("plain", "riflex")
@@ -33,7 +33,7 @@ def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple
         asked: whether LoRAs, attention or a rotary embedding are asked for, to which it would add.
     """
     from ... import demo
-    from ...pipelines.lora_files import LoraFile
+    from ...pipelines.loras.files import LoraFile
     from ..models.facts import inspect_model
 
     if model != demo.WAN or asked or not isinstance(frames, int):
@@ -57,9 +57,9 @@ def trained_lengths(loras: Sequence[LoraFile]) -> tuple[TrainedLength, ...]:
     Raises:
         BadInput: a header that cannot be used, or two that were trained with different attention.
     """
-    from ...pipelines.adapter_header import facts_of
+    from ...pipelines.files.adapter_header import facts_of
+    from ...pipelines.files.run_folder import adapter_path
     from ...pipelines.length.trained import LengthError, trained_length
-    from ...pipelines.run_folder import adapter_path
 
     found = []
     for lora in loras:
@@ -78,10 +78,10 @@ def trained_lengths(loras: Sequence[LoraFile]) -> tuple[TrainedLength, ...]:
 
 def check_bases(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
     """Raise BadInput for a LoRA for longer videos that was trained on another model."""
-    from ...pipelines.adapter_header import facts_of
+    from ...pipelines.files.adapter_header import facts_of
+    from ...pipelines.files.run_folder import adapter_path
+    from ...pipelines.files.weight_files import transformer_files
     from ...pipelines.length.trained import RECIPE
-    from ...pipelines.run_folder import adapter_path
-    from ...pipelines.weight_files import transformer_files
 
     for lora in loras:
         said = facts_of(lora.path)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.adapter_header import facts_of
-from ...pipelines.lora_files import LoraFile, lora_file
+from ...pipelines.files.adapter_header import facts_of
+from ...pipelines.loras.files import LoraFile, lora_file
 from ..errors import BadInput, mention
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def check_fits(loras: Sequence[LoraFile], facts: ModelFacts) -> None:
     """
     if not loras:
         return
-    from ...pipelines.lora_layers import LoraLayers
+    from ...pipelines.loras.layers import LoraLayers
 
     layers = LoraLayers(facts.pipeline_class, facts.transformer)
     for lora in loras:
@@ -49,8 +49,8 @@ def trained_elsewhere(loras: Sequence[LoraFile], facts: ModelFacts) -> list[str]
         loras: of the request; those that do not say what they were trained on are passed over.
         facts: of the model.
     """
+    from ...pipelines.files.weight_files import transformer_files
     from ...pipelines.length.trained import RECIPE as LENGTH
-    from ...pipelines.weight_files import transformer_files
 
     said: list[str] = []
     if facts.location == facts.pipeline_class:  # as `inspect_pipeline` names one that was put together from parts

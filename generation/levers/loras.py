@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...pipelines.adapter_header import facts_of
-from ...pipelines.lora_files import TARGETS, LoraError, LoraFile, attach_loras, check_readable, of_run
-from ...pipelines.lora_targets import check_target
+from ...pipelines.files.adapter_header import facts_of
+from ...pipelines.loras.files import TARGETS, LoraError, LoraFile, attach_loras, check_readable, of_run
+from ...pipelines.loras.targets import check_target
 from ..errors import BadInput, mention
 from ..requests.values import check_name
 from .guidance import transformers_of

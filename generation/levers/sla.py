@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.lora_files import TRANSFORMERS
+from ...pipelines.loras.files import TRANSFORMERS
 from ..errors import BadInput, mention
 from ..requests.values import places
 from .methods import check_settings
@@ -63,7 +63,7 @@ def check_learned(method: Method, adapters: Sequence[SLAAdapter], facts: ModelFa
 
 
 def _check_base(adapter: SLAAdapter, facts: ModelFacts) -> None:
-    from ...pipelines.weight_files import transformer_files
+    from ...pipelines.files.weight_files import transformer_files
 
     if transformer_files(facts.location, adapter.part) != adapter.base_hash:
         problem = f"{adapter.path.name} was trained on {adapter.base} ({adapter.part}), and this model is another"
@@ -94,8 +94,8 @@ def trained_method(
     from ...pipelines.acceleration.families import find_transformers
     from ...pipelines.acceleration.sla import find_learned
     from ...pipelines.acceleration.sla_weights import SLAError, read_config
+    from ...pipelines.files.weight_files import HubError
     from ...pipelines.trained_for import origins_of
-    from ...pipelines.weight_files import HubError
 
     try:
         if adapters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.lora_files import TRANSFORMERS
+from ...pipelines.loras.files import TRANSFORMERS
 from ..errors import BadInput
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def trained_settings(facts: ModelFacts, pipe: Any) -> dict[str, Any] | None:
     """
     from ...pipelines.acceleration.families import find_transformers
     from ...pipelines.acceleration.vsa_gates import VSAError, find_trained, published, read_config
+    from ...pipelines.files.weight_files import HubError
     from ...pipelines.trained_for import origins_of
-    from ...pipelines.weight_files import HubError
 
     try:
         if pipe is not None:  # whether it has gates is seen when they are read

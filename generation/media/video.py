@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...pipelines.whole_files import FULL, NotWritten, staged, writing
+from ...pipelines.files.whole_files import FULL, NotWritten, staged, writing
 from ..report.wrapping import wrapped
 from .sound import Sound
 

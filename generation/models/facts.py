@@ -327,8 +327,8 @@ def _trained_for(location: str, transformer: Mapping[str, Any], read: Reader) ->
 def _has_gates(location: str) -> bool:
     """Whether the files of a model, in a folder or of the hub, have gates, also where nothing says that it has."""
     from ...pipelines.acceleration.vsa_gates import published
-    from ...pipelines.lora_files import TRANSFORMERS
-    from ...pipelines.weight_files import HubError
+    from ...pipelines.files.weight_files import HubError
+    from ...pipelines.loras.files import TRANSFORMERS
 
     try:
         return any(published(location, part) is not None for part in TRANSFORMERS)
@@ -375,7 +375,7 @@ def _adapter_facts(model: str, location: str, adapter: dict[str, Any], read: Rea
 
 def _named_autoencoder(model: str, location: str, named: str | None) -> str:
     """Folder, seen from that of the adapter, or hub id of the autoencoder that adapter.json names."""
-    from ...pipelines.locations import named_autoencoder
+    from ...pipelines.files.locations import named_autoencoder
 
     found = named_autoencoder(location, named)
     if found is None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ...pipelines.plain_content import object_in
+from ...pipelines.files.plain_content import object_in
 from ..errors import BadInput
 
 Reader = Callable[[str], "dict[str, Any] | None"]

@@ -15,7 +15,7 @@ _PUBLISHED = ("transformer_t2v", "transformer_i2v")
 
 def locate(model: str) -> str:
     """Folder or hub id of a model; of the folder of a training, what is in it, see `run_folder.model_path`."""
-    from ...pipelines.locations import is_hub_id
+    from ...pipelines.files.locations import is_hub_id
 
     if model in DEMOS:
         from ... import demo
@@ -25,7 +25,7 @@ def locate(model: str) -> str:
         except OSError as error:
             raise BadInput("model", str(error).rstrip("."), value=model) from error
     if os.path.isdir(os.path.expanduser(model)):
-        from ...pipelines.run_folder import NoAdapter, model_path
+        from ...pipelines.files.run_folder import NoAdapter, model_path
 
         try:
             return str(model_path(model))

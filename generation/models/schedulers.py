@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...pipelines.errors import shortened
-from ...pipelines.locations import is_hub_id
+from ...pipelines.files.locations import is_hub_id
 from ..errors import BadInput
 from .files import Reader, reader
 

@@ -17,8 +17,8 @@ def whole_model(model: str, components: str | Path | None) -> str:
     Raises:
         BadInput: a file that cannot be used, or without components; or components of no file.
     """
-    from ...pipelines.locations import is_single_file
-    from ...pipelines.weight_files import stated_config
+    from ...pipelines.files.locations import is_single_file
+    from ...pipelines.files.weight_files import stated_config
 
     if not is_single_file(model):
         if components is not None:
@@ -28,7 +28,7 @@ def whole_model(model: str, components: str | Path | None) -> str:
     if components is None:
         fix = f"Give the diffusers pipeline that has the others as {mention('components')}, a folder or a hub id."
         raise BadInput("model", "it is a transformer alone, or no model", fix, value=model)
-    from ...pipelines.single_file import LayoutError, SingleFileError, pipeline_of
+    from ...pipelines.files.single_file import LayoutError, SingleFileError, pipeline_of
     from .places import locate
 
     place = locate(str(components))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from ...pipelines.whole_files import write_bytes
+from ...pipelines.files.whole_files import write_bytes
 from ..media.video import contact_sheet, data_url, png
 from .comparison import Comparison, FrameMetrics, GeneratedVideo
 from .figures import figure_svg, heat_map, line_chart, quantile_chart

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.weight_files import WEIGHTS
+from ...pipelines.files.weight_files import WEIGHTS
 from ..errors import BadInput
 from ..waterfall.account import Row, Waterfall
 from ..waterfall.api import waterfall

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ...pipelines.whole_files import write_bytes
+from ...pipelines.files.whole_files import write_bytes
 from ..media.video import contact_sheet, data_url, mp4_url, png
 from ..report.comparison import compare
 from ..report.page import template, write_numbers, write_text

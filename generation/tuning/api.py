@@ -353,7 +353,7 @@ def _with_preset(made: Tuned, job: Job, folder: Path, loras: Sequence[str]) -> T
 
 def _loras(parts: Mapping[str, tuple[Any, Any]]) -> list[str]:
     """Names of the adapters that are at work in the layers of transformers."""
-    from ...pipelines.kept_loras import tuner_layers
+    from ...pipelines.loras.kept_loras import tuner_layers
 
     names: dict[str, None] = {}
     for transformer, _family in parts.values():

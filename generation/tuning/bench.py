@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...pipelines.whole_files import write_bytes
+from ...pipelines.files.whole_files import write_bytes
 from ..compiled import uncompiled
 from ..errors import BadInput, worded
 from ..levers.presets import refusals

@@ -7,10 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.group_offloading import is_on_disk
-from ...pipelines.plain_content import object_in
-from ...pipelines.run_folder import FILE
-from ...pipelines.weight_files import adapter_folder, add_samples, stated_config, transformer_file, transformer_files
+from ...pipelines.files.plain_content import object_in
+from ...pipelines.files.run_folder import FILE
+from ...pipelines.files.weight_files import (
+    adapter_folder,
+    add_samples,
+    stated_config,
+    transformer_file,
+    transformer_files,
+)
+from ...pipelines.hooks.group_offloading import is_on_disk
 from ..machine import environment, version_of
 from ..models.schedulers import stated, stated_in_files
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ...pipelines.errors import shortened
-from ...pipelines.plain_content import json_of
-from ...pipelines.whole_files import writing
+from ...pipelines.files.plain_content import json_of
+from ...pipelines.files.whole_files import writing
 from ..errors import BadInput
 
 VERSION = 1

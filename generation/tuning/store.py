@@ -29,7 +29,7 @@ def check_cache(key: Key) -> None:
 
 def store(key: Key, found: BreakEven) -> Path:
     """Keep what was measured, in place of what was there."""
-    from ...pipelines.whole_files import write_bytes
+    from ...pipelines.files.whole_files import write_bytes
 
     content: dict[str, Any] = {"key": vars(key), "break_even": found.to_dict()}
     key.file.parent.mkdir(parents=True, exist_ok=True)

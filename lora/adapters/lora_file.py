@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ...pipelines.adapter_header import FACTS
-from ...pipelines.run_folder import FILE, NoAdapter, adapter_path
+from ...pipelines.files.adapter_header import FACTS
+from ...pipelines.files.run_folder import FILE, NoAdapter, adapter_path
 from ..checkpoints.written import save_tensors
 from ..config import ConfigError
 

@@ -13,12 +13,12 @@ from torch import nn
 
 from ...autoencoders.checkpoint_file import variant_in
 from ...autoencoders.file_modes import as_new_files
-from ...pipelines.json_files import write_json
-from ...pipelines.locations import is_hub_id
-from ...pipelines.plain_content import object_in
+from ...pipelines.files.json_files import write_json
+from ...pipelines.files.locations import is_hub_id
+from ...pipelines.files.plain_content import object_in
+from ...pipelines.files.run_folder import NoAdapter, autoencoder_path, model_path
+from ...pipelines.files.weight_files import transformer_files, transformer_tensors
 from ...pipelines.quiet_logs import only_logs
-from ...pipelines.run_folder import NoAdapter, autoencoder_path, model_path
-from ...pipelines.weight_files import transformer_files, transformer_tensors
 from ..checkpoints.written import replaced
 from ..config import ConfigError
 

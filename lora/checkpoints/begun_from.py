@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...pipelines.run_folder import FILE
-from ...pipelines.whole_files import staged, writing
+from ...pipelines.files.run_folder import FILE
+from ...pipelines.files.whole_files import staged, writing
 from ..config import ConfigError, flat
 
 if TYPE_CHECKING:

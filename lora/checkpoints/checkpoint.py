@@ -21,11 +21,11 @@ import torch
 from safetensors.torch import load_file
 
 from ...autoencoders.checkpoint_file import other_than_weights
-from ...pipelines.plain_content import object_in
-from ...pipelines.run_folder import ADAPTER, in_order, order_of
-from ...pipelines.run_folder import CHECKPOINT as _PREFIX
-from ...pipelines.run_folder import CHECKPOINT_FACTS as _FACTS
-from ...pipelines.whole_files import NotWritten
+from ...pipelines.files.plain_content import object_in
+from ...pipelines.files.run_folder import ADAPTER, in_order, order_of
+from ...pipelines.files.run_folder import CHECKPOINT as _PREFIX
+from ...pipelines.files.run_folder import CHECKPOINT_FACTS as _FACTS
+from ...pipelines.files.whole_files import NotWritten
 from .written import Tensors, flush, replaced, save_text, write, write_tensors
 
 logger = logging.getLogger(__name__)

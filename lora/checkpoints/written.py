@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ...autoencoders.file_modes import as_new_files
-from ...pipelines.whole_files import NotWritten, lacks_room, staged
+from ...pipelines.files.whole_files import NotWritten, lacks_room, staged
 
 Tensors = dict[str, torch.Tensor]
 

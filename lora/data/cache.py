@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ...pipelines.plain_content import json_of
-from ...pipelines.weight_files import transformer_file
+from ...pipelines.files.plain_content import json_of
+from ...pipelines.files.weight_files import transformer_file
 from ..checkpoints.checkpoint import CheckpointError
 from ..checkpoints.written import remedy, save_tensors
 from ..config import ConfigError

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...pipelines.plain_content import content_of
+from ...pipelines.files.plain_content import content_of
 from ..config import ConfigError, broken_character
 from .files import CAPTION_SUFFIX, METADATA, some
 

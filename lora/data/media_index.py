@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from ...generation.media.files import Media, Undecodable
-from ...pipelines.whole_files import staged
+from ...pipelines.files.whole_files import staged
 from ..checkpoints.checkpoint import CheckpointError
 from ..config import ConfigError
 from ..distributed.processes import Process

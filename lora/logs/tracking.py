@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...pipelines.plain_content import json_of
+from ...pipelines.files.plain_content import json_of
 from ..checkpoints.written import save_text
 from ..config import ConfigError, flat
 from ..settings import RunSettings

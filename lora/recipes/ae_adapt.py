@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ... import demo
 from ...pipelines.deep_compression.adapter_folder import DEFAULTS_FILE
-from ...pipelines.locations import is_hub_id
+from ...pipelines.files.locations import is_hub_id
 from ..adapters.adapter import AdaptedModel, add_lora, merge, save_adapter
 from ..backbones import open_backbone
 from ..backbones.base import Backbone, Text

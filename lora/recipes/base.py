@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from ...pipelines.run_folder import taken
+from ...pipelines.files.run_folder import taken
 from ..backbones.folders import located
 from ..checkpoints.checkpoint import CheckpointError
 from ..config import ConfigError

@@ -25,10 +25,10 @@ import torch
 from torch import nn
 
 from ...pipelines.few_steps.grid import GridScheduler
+from ...pipelines.files.weight_files import transformer_file
 from ...pipelines.guidance_free.adapter_file import FEW_STEPS, FEW_STEPS_RECIPE, OWN_FILE, RECIPE
 from ...pipelines.guidance_free.beta import BETA, BetaSlot
 from ...pipelines.guidance_free.low_rank import gate_of
-from ...pipelines.weight_files import transformer_file
 from ..adapters.lora_file import read_facts
 from ..backbones.base import SampleRequest, Text
 from ..checkpoints.begun_from import TEACHER, keep_teacher, named_anew, teacher_of

@@ -15,10 +15,10 @@ from ...attention.layout import VideoLayout
 from ...attention.methods.description import describe
 from ...generation.levers.methods import DENSE
 from ...pipelines.acceleration.handle import Handle, accelerate
-from ...pipelines.adapter_header import facts_of
-from ...pipelines.locations import is_hub_id, is_single_file
-from ...pipelines.run_folder import taken
-from ...pipelines.single_file import LayoutError, SingleFileError, pipeline_of
+from ...pipelines.files.adapter_header import facts_of
+from ...pipelines.files.locations import is_hub_id, is_single_file
+from ...pipelines.files.run_folder import taken
+from ...pipelines.files.single_file import LayoutError, SingleFileError, pipeline_of
 from ..adapters.adapter import add_lora, layers_named
 from ..adapters.foreign_lora import read_foreign
 from ..adapters.lora_file import COMFYUI_FILE, FILE, lora_path, read_facts, read_lora, save_lora

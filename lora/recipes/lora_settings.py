@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ...pipelines.locations import is_single_file
+from ...pipelines.files.locations import is_single_file
 from ..config import Settings, setting
 from ..settings import PhaseSettings, RunSettings, ValidationSettings
 

@@ -22,7 +22,7 @@ from ...pipelines.acceleration.sla_weights import (
     read_config,
     write_config,
 )
-from ...pipelines.weight_files import stated_config, transformer_files, transformer_tensors
+from ...pipelines.files.weight_files import stated_config, transformer_files, transformer_tensors
 from ..adapters.adapter import without_lora
 from ..adapters.lora_file import read_facts
 from ..backbones.base import Text

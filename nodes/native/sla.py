@@ -52,7 +52,7 @@ def matrices_and_projections(
         InputError: it is of another class or shape.
     """
     from ...pipelines.acceleration.sla_weights import PROJECTION, SLAError, check_complete, names_in
-    from ...pipelines.adapter_files import read_split
+    from ...pipelines.files.adapter_files import read_split
 
     check_wan(model, adapter.path.name, "text or image to video")
     layers, dim = range(len(model.blocks)), model.dim // model.num_heads

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...pipelines.lora_files import (
+from ...pipelines.loras.files import (
     TARGETS,
     TRANSFORMERS,
     LoraError,
@@ -16,7 +16,7 @@ from ...pipelines.lora_files import (
     check_readable,
     of_run,
 )
-from ...pipelines.lora_targets import ContradictedTarget, UnclearTarget, check_target
+from ...pipelines.loras.targets import ContradictedTarget, UnclearTarget, check_target
 from ..report.wording import InputError
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from typing import Any
 from ...attention import SLA, VSA, Method, resolve_method
 from ...attention.methods import check_settings
 from ..default_method import DEFAULT_METHOD
+from ..files.weight_files import HubError, transformer_names
 from ..trained_for import Origin
-from ..weight_files import HubError, transformer_names
 from .sla import Learned, find_learned, method_of
 from .sla_weights import PROJECTION, SLAError
 from .vsa_gates import find_trained

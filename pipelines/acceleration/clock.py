@@ -15,7 +15,7 @@ import torch
 
 from ...attention import StepInfo
 from ...attention.records import KEPT_RUNS
-from ..running_pipeline import PipelineOfPass, running_pipeline
+from ..hooks.running_pipeline import PipelineOfPass, running_pipeline
 from .host_reads import place_in
 from .one_thread import OneThread
 from .scheduler_table import Table, Timestep, read_table

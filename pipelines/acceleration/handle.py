@@ -14,8 +14,8 @@ from ...attention import SLA, DenseSchedule, Method, RunReport
 from ...attention.backends import check_backend
 from ...attention.meter import check_rows
 from ...attention.records import dropped_note
-from ..removed import refuse_removed
-from ..replaced import Replaced
+from ..hooks.removed import refuse_removed
+from ..hooks.replaced import Replaced
 from ..trained_for import origins_of
 from .call_marks import CallMarks, remove_call_marks
 from .checks import check_runs, check_schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..running_pipeline import running_pipeline
+from ..hooks.running_pipeline import running_pipeline
 from .copies import CopiedNotPickled
 
 

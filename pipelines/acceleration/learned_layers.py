@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..group_offloading import is_streamed
+from ..hooks.group_offloading import is_streamed
 
 
 class LearnedLinear(nn.Linear):

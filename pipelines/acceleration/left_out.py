@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..diffusers_hooks import FORECAST_HOOK, GUIDANCE_CACHE_HOOK, hooks_of
+from ..hooks.diffusers_hooks import FORECAST_HOOK, GUIDANCE_CACHE_HOOK, hooks_of
 
 # The hook of diffusers that decides for a whole forward pass -> whether its state says that the last one was left out.
 _DECIDES: Mapping[str, Callable[[Any], bool]] = {

@@ -9,7 +9,7 @@ from weakref import ref
 
 import torch
 
-from ..running_pipeline import running_pipeline
+from ..hooks.running_pipeline import running_pipeline
 
 
 class OneThread:

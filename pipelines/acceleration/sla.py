@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ...attention import SLA, DenseSchedule, Method
-from ..adapter_files import read_header, read_split
 from ..base_check import check_base
-from ..named_lora import NamedLora
+from ..files.adapter_files import read_header, read_split
+from ..loras.named_lora import NamedLora
 from ..trained_for import Origin, Stated
 from .learned_layers import detach
 from .sla_weights import (

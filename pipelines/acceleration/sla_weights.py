@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from ...attention import SLA, DenseSchedule
+from ..files.weight_files import transformer_tensors
 from ..trained_for import Origin, read, write
-from ..weight_files import transformer_tensors
 from .learned_layers import LearnedLinear, attach
 
 PROJECTION = "proj_l"

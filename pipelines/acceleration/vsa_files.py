@@ -15,8 +15,8 @@ import torch
 
 from ...attention import VSA
 from ...attention.methods.vsa import CUBE
-from ..adapter_header import facts_of
-from ..weight_files import weights_of
+from ..files.adapter_header import facts_of
+from ..files.weight_files import weights_of
 from .vsa_gates import GATE, TrainedVSA, VSAError, density_of_width, read_config
 
 _GATE = re.compile(rf"(?:.*\.)?blocks\.(\d+)\.(?:attn1\.|self_attn\.)?{GATE}\.(weight|bias)")

@@ -18,8 +18,8 @@ from torch import nn
 
 from ...attention import VSA, Method
 from ...attention.methods.vsa import CUBE
+from ..files.weight_files import HubError, stated_config, transformer_names, transformer_tensors
 from ..trained_for import Origin, Stated, read, write
-from ..weight_files import HubError, stated_config, transformer_names, transformer_tensors
 from .learned_layers import LearnedLinear, attach, detach
 
 GATE = "to_gate_compress"

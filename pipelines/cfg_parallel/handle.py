@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from ..acceleration.families import Family, find_transformers
-from ..diffusers_hooks import FORECAST_HOOK, hooks_of
 from ..guidance_branches import TWO, StepIsGuided, check_not_compiled, guidance_of, other_branches
 from ..guidance_cache.passes import LeftOutPasses
 from ..guidance_cache.samples import LeftOutSamples
-from ..hooked import HookedPipeline, is_hooked
-from ..running_pipeline import PipelineOfPass
-from ..undo import CFG_PARALLEL
+from ..hooks.diffusers_hooks import FORECAST_HOOK, hooks_of
+from ..hooks.hooked import HookedPipeline, is_hooked
+from ..hooks.running_pipeline import PipelineOfPass
+from ..hooks.undo import CFG_PARALLEL
 from .pair import Pair
 from .passes import SplitPasses
 from .samples import SplitBatch

@@ -9,10 +9,10 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..beside_hooks import beside_hooks
-from ..diffusers_hooks import hooks_of
 from ..guidance_branches import check_outermost, latents_of, tensors_in, with_tensors
-from ..hooked import HandleOf
+from ..hooks.beside_hooks import beside_hooks
+from ..hooks.diffusers_hooks import hooks_of
+from ..hooks.hooked import HandleOf
 from .pair import Pair
 
 NAME = "vidaccel_cfg_parallel"

@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from ..guidance_branches import latents_of, of_samples, samples_in, tensors_in, with_tensors
-from ..hooked import HandleOf
+from ..hooks.hooked import HandleOf
 from .pair import Pair
 from .passes import CHECKED
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from ...autoencoders.checkpoint_file import variant_in
 from ..errors import few_of, first_line
-from ..locations import is_hub_id, named_autoencoder
-from ..weight_files import stated_config, transformer_files
+from ..files.locations import is_hub_id, named_autoencoder
+from ..files.weight_files import stated_config, transformer_files
 from .adapter_folder import (
     FACTS_FILE,
     FULL_FILE,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ... import demo
-from ..plain_content import object_in
+from ..files.plain_content import object_in
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 LORA_PREFIX = "transformer"

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.convert import CheckpointError
 from ...autoencoders.dtypes import resolve_dtypes
-from ..conversions import conversion_place, discard, is_whole, stamps
-from ..drafts import beside, take
-from ..json_files import write_json
-from ..run_folder import NoAdapter, chosen_model
+from ..files.conversions import conversion_place, discard, is_whole, stamps
+from ..files.drafts import beside, take
+from ..files.json_files import write_json
+from ..files.run_folder import NoAdapter, chosen_model
 from .adapted import load_adapted
 from .adapter_folder import is_adapter
 from .open_clip import convert_image_encoder

@@ -13,7 +13,7 @@ from ...autoencoders import AutoencoderDCV
 from ...autoencoders.checkpoint_file import variant_in
 from ...autoencoders.convert import load_published
 from ..errors import first_line
-from ..locations import is_hub_id
+from ..files.locations import is_hub_id
 
 AUTOENCODER_FILES = ("dc-ae-v-*.pt", "dc-ae-v-*.safetensors", "*.pt")
 """How files of a DC-AE-V are named, the usual names first."""

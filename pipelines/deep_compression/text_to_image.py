@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from ...autoencoders.dtypes import resolve_dtypes
-from ..run_folder import chosen_model
+from ..files.run_folder import chosen_model
 from .adapted import load_adapted, own_base
 from .adapted_images import FLUX, SANA
 from .adapter_folder import AdapterError, is_adapter, is_of_pictures, read_facts

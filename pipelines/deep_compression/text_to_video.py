@@ -17,7 +17,7 @@ from diffusers.video_processor import VideoProcessor
 
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.memory import decoding_bytes, default_tile, memory_to_decode
-from ..undo import TINY_DECODER
+from ..hooks.undo import TINY_DECODER
 from .canvas import Canvas
 from .constructor import constructor_of
 from .given_latents import FiniteEmbeddings, check_latents

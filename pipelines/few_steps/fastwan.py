@@ -16,8 +16,8 @@ from diffusers import WanTransformer3DModel, __version__
 from ...autoencoders.checkpoint_file import CheckpointError
 from ..acceleration.vsa_gates import write_config
 from ..deep_compression.published_files import read_json
-from ..drafts import beside, take
-from ..json_files import write_json
+from ..files.drafts import beside, take
+from ..files.json_files import write_json
 from .dmd import DMDScheduler
 from .fastwan_native import write_native
 from .fastwan_source import fastwan_folder, trained_for

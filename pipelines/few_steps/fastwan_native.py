@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ...attention import VSA
 from ..acceleration.vsa_gates import GATE, TrainedVSA
-from ..adapter_header import FACTS
-from ..renamed_weights import write_renamed
-from ..weight_files import weights_of
+from ..files.adapter_header import FACTS
+from ..files.renamed_weights import write_renamed
+from ..files.weight_files import weights_of
 from .wan_names import renamed
 
 PREFIX = "model.diffusion_model."

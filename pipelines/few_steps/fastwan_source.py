@@ -14,7 +14,7 @@ from ...attention.methods.vsa import CUBE
 from ...autoencoders.checkpoint_file import CheckpointError
 from ..acceleration.vsa_gates import GATE, TrainedVSA, published_density, read_config
 from ..deep_compression.published_files import download, read_json
-from ..weight_files import transformer_shapes
+from ..files.weight_files import transformer_shapes
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from ...attention import SLA
 from ...autoencoders.checkpoint_file import CheckpointError
 from ..acceleration.sla_weights import TrainedSLA, write_config
 from ..deep_compression.published_files import base_folder, read_json
-from ..drafts import beside, take
-from ..json_files import write_json
-from ..weight_files import WEIGHTS
+from ..files.drafts import beside, take
+from ..files.json_files import write_json
+from ..files.weight_files import WEIGHTS
 from .rcm import RCMScheduler
 from .turbowan_checkpoint import Checkpoint, read_checkpoint
 

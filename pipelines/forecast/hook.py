@@ -15,9 +15,9 @@ from ...attention import StepInfo
 from ...attention.records import call_of
 from ..acceleration.clock import StepClock
 from ..acceleration.scheduler_table import Timestep
-from ..beside_hooks import beside_hooks
-from ..diffusers_hooks import FORECAST_HOOK
 from ..guidance_branches import tensors_in, with_tensors
+from ..hooks.beside_hooks import beside_hooks
+from ..hooks.diffusers_hooks import FORECAST_HOOK
 from .forecasts import Forecasts
 from .level import Level, level_of, tells_levels
 

@@ -15,9 +15,9 @@ from ..acceleration.left_out import has_cache
 from ..cfg_parallel.passes import SplitPasses
 from ..cfg_parallel.samples import SplitBatch
 from ..guidance_branches import TWO, StepIsGuided, apart_from_caches, check_branches, check_not_compiled
-from ..hooked import HookedPipeline, is_hooked
-from ..running_pipeline import running_pipeline
-from ..undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
+from ..hooks.hooked import HookedPipeline, is_hooked
+from ..hooks.running_pipeline import running_pipeline
+from ..hooks.undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
 from .differences import Differences
 from .passes import LeftOutPasses
 from .samples import LeftOutSamples

@@ -10,10 +10,10 @@ from diffusers.hooks import HookRegistry, ModelHook
 
 from ...attention import StepInfo
 from ..acceleration.left_out import a_cache_left_it_out
-from ..beside_hooks import beside_hooks
-from ..diffusers_hooks import GUIDANCE_CACHE_HOOK
 from ..guidance_branches import TWO, are_of_one_video, check_outermost, latents_of, tensors_in, with_tensors
-from ..hooked import HandleOf
+from ..hooks.beside_hooks import beside_hooks
+from ..hooks.diffusers_hooks import GUIDANCE_CACHE_HOOK
+from ..hooks.hooked import HandleOf
 from .differences import Differences
 
 

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...attention import StepInfo
 from ..guidance_branches import are_of_one_video, latents_of, of_samples, samples_in, tensors_in, with_tensors
-from ..hooked import HandleOf
+from ..hooks.hooked import HandleOf
 from .differences import Differences
 
 

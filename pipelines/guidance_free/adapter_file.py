@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..adapter_files import read_header, read_split
+from ..files.adapter_files import read_header, read_split
 from .beta import BETA, BetaEmbedder
 
 RECIPE, FEW_STEPS_RECIPE = RECIPES = "gft", "consistency"

@@ -9,7 +9,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
-from ..named_lora import lora_layers
+from ..loras.named_lora import lora_layers
 
 BETA = "beta_embedder"
 """The embedder's name in the transformer while it is trained, and what its keys in files begin with."""

@@ -13,11 +13,11 @@ from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import unwrap
 from ..base_check import check_base, place_of
 from ..few_steps.grid import GridScheduler
-from ..named_lora import one_for_each
-from ..removed import refuse_removed
-from ..running_pipeline import running_pipeline
-from ..undo import GUIDANCE_FREE, PRESET
-from ..weight_files import transformer_file
+from ..files.weight_files import transformer_file
+from ..hooks.removed import refuse_removed
+from ..hooks.running_pipeline import running_pipeline
+from ..hooks.undo import GUIDANCE_FREE, PRESET
+from ..loras.named_lora import one_for_each
 from .adapter_file import OWN_FILE, GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from .beta import no_slot
 from .installed import Installed, has_adapter

@@ -13,11 +13,11 @@ from torch.distributed.fsdp import FSDPModule
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.one_thread import others_call
 from ..errors import first_line
-from ..group_offloading import is_on_disk, is_streamed
 from ..guidance_branches import is_compiled_whole
-from ..hooked import HandleOf
-from ..seen_hook import SeenHook
-from ..undo import GUIDANCE_FREE
+from ..hooks.group_offloading import is_on_disk, is_streamed
+from ..hooks.hooked import HandleOf
+from ..hooks.seen_hook import SeenHook
+from ..hooks.undo import GUIDANCE_FREE
 from .adapter_file import GuidanceFreeAdapter, GuidanceFreeError
 from .beta import BetaEmbedder, time_embedder, width_of
 from .low_rank import LowRank, gate_of, low_ranks

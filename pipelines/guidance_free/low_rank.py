@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from ..acceleration.copies import CopiedNotPickled
-from ..seen_hook import SeenHook
+from ..hooks.seen_hook import SeenHook
 
 _MERGED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}

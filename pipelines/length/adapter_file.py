@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..adapter_header import facts_of
-from ..lora_contents import broken
-from ..run_folder import NoAdapter, chosen_adapter
+from ..files.adapter_header import facts_of
+from ..files.run_folder import NoAdapter, chosen_adapter
+from ..loras.contents import broken
 from .trained import RECIPE, LengthError, TrainedLength, trained_length
 
 

@@ -15,9 +15,9 @@ from ...attention.records import RunReport
 from ..acceleration.families import unwrap
 from ..acceleration.handle import Handle, accelerate
 from ..base_check import check_base
-from ..named_lora import NamedLora, one_for_each
-from ..removed import refuse_removed
-from ..unsaved import TAKE_OUT, Unsaved
+from ..hooks.removed import refuse_removed
+from ..hooks.unsaved import TAKE_OUT, Unsaved
+from ..loras.named_lora import NamedLora, one_for_each
 from .adapter_file import LengthAdapter, read_length
 from .rotary import TRANSFORMERS, frames_of_a_token, riflex
 from .trained import LengthError

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..acceleration.families import unwrap
-from ..removed import refuse_removed
+from ..hooks.removed import refuse_removed
 from .settings import Riflex
 
 TRANSFORMERS = ("transformer", "transformer_2")

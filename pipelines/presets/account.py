@@ -25,8 +25,8 @@ from ..acceleration.left_out import pass_was_left_out, second_pass_was_left_out
 from ..cfg_parallel.passes import pass_is_of_another
 from ..forecast.hook import Forecast
 from ..guidance_cache.samples import LeftOutSamples
-from ..hooked import HandleOf, hooks_on
-from ..undo import PRESET
+from ..hooks.hooked import HandleOf, hooks_on
+from ..hooks.undo import PRESET
 from .caches import CacheAtWork, check_whole
 
 _OF_PASSES = ("forwards", "computed", "skipped", "halved")

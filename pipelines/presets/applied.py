@@ -17,11 +17,11 @@ from ..acceleration.handle import Handle, accelerate
 from ..guidance_branches import TWO
 from ..guidance_cache.handle import CachedGuidance
 from ..guidance_free.handle import GuidanceFree, guidance_free
-from ..removed import refuse_removed
-from ..replaced import Replaced
+from ..hooks.removed import refuse_removed
+from ..hooks.replaced import Replaced
+from ..hooks.undo import PRESET, QUANTISED
+from ..hooks.unsaved import TAKE_OUT, Unsaved
 from ..tiny_decoder.handle import TinyDecoder
-from ..undo import PRESET, QUANTISED
-from ..unsaved import TAKE_OUT, Unsaved
 from .account import Account, Watch, accounts
 from .caches import install_cache
 from .checks import Checked, check_preset, chosen_scheduler

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers.hooks._helpers import TransformerBlockMetadata
 
-from ..diffusers_hooks import hooks_of
+from ..hooks.diffusers_hooks import hooks_of
 
 
 class _ByOwnNames(TransformerBlockMetadata):

@@ -31,11 +31,11 @@ from ...attention import StepInfo
 from ..acceleration.clock import StepClock
 from ..acceleration.families import Family
 from ..acceleration.ulysses import is_shared
-from ..beside_hooks import beside_hooks
-from ..diffusers_hooks import hooks_of
 from ..errors import first_line
 from ..forecast.forecasts import Forecasts
 from ..forecast.hook import Forecast, reads_latents
+from ..hooks.beside_hooks import beside_hooks
+from ..hooks.diffusers_hooks import hooks_of
 from .block_names import use_own_names
 from .dbcache import DBCache, check_dbcache
 from .errors import PresetError, UnfitCacheError

@@ -24,6 +24,7 @@ from ..cfg_parallel.passes import SplitPasses
 from ..few_steps.grid import GridScheduler
 from ..few_steps.renoising import RenoisingScheduler
 from ..few_steps.samplers import FEW_STEPS
+from ..files.locations import is_hub_id, is_single_file
 from ..forecast.level import tells_levels
 from ..guidance_branches import apart_from_caches
 from ..guidance_cache.handle import check_guidance_cache
@@ -31,10 +32,9 @@ from ..guidance_cache.passes import LeftOutPasses
 from ..guidance_cache.samples import LeftOutSamples
 from ..guidance_free.adapter_file import GuidanceFreeAdapter, GuidanceFreeError, read_adapter
 from ..guidance_free.handle import chosen_adapters
-from ..hooked import is_hooked
-from ..locations import is_hub_id, is_single_file
+from ..hooks.hooked import is_hooked
+from ..hooks.undo import GUIDANCE_FREE, TINY_DECODER
 from ..tiny_decoder.source import TinyDecoderError, check_own, find_decoder
-from ..undo import GUIDANCE_FREE, TINY_DECODER
 from .caches import check_cache
 from .compiling import check_compile
 from .errors import PresetError, UnfitCacheError

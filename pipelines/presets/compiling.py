@@ -11,8 +11,8 @@ import torch
 from ...attention import code_generator
 from ..acceleration.checks import places_of
 from ..acceleration.families import Family
-from ..group_offloading import is_in_group
 from ..guidance_branches import is_compiled_whole
+from ..hooks.group_offloading import is_in_group
 from .errors import PresetError
 from .levers import Compile
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from ...attention import StepInfo
-from ..beside_hooks import beside_hooks
+from ..hooks.beside_hooks import beside_hooks
 from .errors import PresetError, UnfitCacheError
 from .levers import Cache
 from .only_cache import library_cache

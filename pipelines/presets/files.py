@@ -12,10 +12,10 @@ import yaml
 
 from ...attention.methods import METHODS, Method
 from ...demo import MODELS
-from ..locations import is_hub_id, is_model, is_single_file
+from ..files.locations import is_hub_id, is_model, is_single_file
+from ..files.plain_content import content_of
+from ..files.whole_files import write_bytes
 from ..nearest_name import nearest
-from ..plain_content import content_of
-from ..whole_files import write_bytes
 from .errors import PresetError
 from .preset import OWN, Preset
 

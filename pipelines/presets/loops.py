@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.hooks.first_block_cache import FBCBlockHook
 
-from ..diffusers_hooks import hooks_of
+from ..hooks.diffusers_hooks import hooks_of
 
 
 class _Block(NamedTuple):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..acceleration.families import unwrap
-from ..adapter_header import facts_of
-from ..kept_loras import KeptLoras, learning_kept, take_out, tuner_layers
-from ..lora_files import TRANSFORMERS, LoraError, LoraFile, attach_loras, check_readable
-from ..lora_targets import check_target
+from ..files.adapter_header import facts_of
+from ..loras.files import TRANSFORMERS, LoraError, LoraFile, attach_loras, check_readable
+from ..loras.kept_loras import KeptLoras, learning_kept, take_out, tuner_layers
+from ..loras.targets import check_target
 from .errors import PresetError
 
 if TYPE_CHECKING:

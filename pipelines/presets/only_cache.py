@@ -7,9 +7,9 @@ from typing import Any
 
 from diffusers import TextKVCacheConfig
 
-from ..diffusers_hooks import FORECAST_HOOK, hooks_of
-from ..hooked import handles_on
-from ..undo import PRESET
+from ..hooks.diffusers_hooks import FORECAST_HOOK, hooks_of
+from ..hooks.hooked import handles_on
+from ..hooks.undo import PRESET
 from .errors import PresetError
 from .levers import FORECAST
 

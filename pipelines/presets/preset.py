@@ -13,9 +13,9 @@ from ...attention.methods import Method, check_config
 from ...attention.methods.description import describe, in_words
 from ...attention.plain_values import plain
 from ...demo import MODELS
+from ..files.locations import is_hub_id, is_model
 from ..guidance_cache.settings import GuidanceCache
-from ..locations import is_hub_id, is_model
-from ..lora_files import LoraFile
+from ..loras.files import LoraFile
 from .errors import PresetError
 from .levers import Cache, CacheSetting, Compile, Quantize, SchedulerChoice, check_number
 from .stated import (

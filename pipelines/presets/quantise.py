@@ -9,10 +9,10 @@ import torch
 
 from ..acceleration.checks import places_of
 from ..acceleration.families import Family
-from ..group_offloading import is_in_group
-from ..kept_loras import tuner_layers
-from ..undo import QUANTISED
-from ..unsaved import TAKE_OUT, Unsaved
+from ..hooks.group_offloading import is_in_group
+from ..hooks.undo import QUANTISED
+from ..hooks.unsaved import TAKE_OUT, Unsaved
+from ..loras.kept_loras import tuner_layers
 from .errors import PresetError
 from .levers import Quantize
 

@@ -13,7 +13,7 @@ from ..acceleration.clock import StepClock
 from ..acceleration.families import Family, find_transformers
 from ..guidance_cache.passes import LeftOutPasses
 from ..guidance_cache.samples import LeftOutSamples
-from ..hooked import is_hooked
+from ..hooks.hooked import is_hooked
 from .errors import PresetError
 from .levers import Cache
 from .loops import mend_loop

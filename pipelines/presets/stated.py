@@ -10,7 +10,7 @@ from typing import Any
 
 from ...attention.methods.description import described
 from ..guidance_cache.settings import GuidanceCache
-from ..lora_files import TARGETS, LoraFile
+from ..loras.files import TARGETS, LoraFile
 from ..nearest_name import nearest
 from .errors import PresetError
 from .levers import Compile, settings_of

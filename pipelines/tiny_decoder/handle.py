@@ -15,9 +15,9 @@ from ...autoencoders.dtypes import computing_dtype
 from ...autoencoders.tiny import TinyVideoDecoder, frames_of, to_transformer
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import unwrap
-from ..removed import refuse_removed
-from ..replaced import was_replaced
-from ..undo import TINY_DECODER
+from ..hooks.removed import refuse_removed
+from ..hooks.replaced import was_replaced
+from ..hooks.undo import TINY_DECODER
 from .placed import Placed
 from .source import find_decoder
 

@@ -7,8 +7,8 @@ import copy
 import torch
 
 from ...autoencoders.tiny import TinyVideoDecoder
-from ..diffusers_hooks import hooks_of
-from ..group_offloading import is_in_group
+from ..hooks.diffusers_hooks import hooks_of
+from ..hooks.group_offloading import is_in_group
 from .source import TinyDecoderError
 
 

@@ -13,9 +13,9 @@ import torch
 from ...autoencoders.checkpoint_file import CheckpointError, variant_in
 from ...autoencoders.tiny import KNOWN, TinyVideoDecoder, channels_of, compression_of, read_tiny
 from ..acceleration.families import unwrap
-from ..locations import is_hub_id
-from ..plain_content import object_in
-from ..run_folder import SETTINGS, taken
+from ..files.locations import is_hub_id
+from ..files.plain_content import object_in
+from ..files.run_folder import SETTINGS, taken
 
 logger = logging.getLogger(__name__)
 

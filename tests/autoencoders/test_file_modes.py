@@ -16,7 +16,7 @@ from vidaccel.autoencoders.file_modes import as_new_files
 from vidaccel.lora.backbones.folders import write_model
 from vidaccel.lora.checkpoints.checkpoint import Checkpoint, CheckpointFolder
 from vidaccel.lora.checkpoints.written import save_tensors
-from vidaccel.pipelines.drafts import beside
+from vidaccel.pipelines.files.drafts import beside
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="files have no such modes there")
 

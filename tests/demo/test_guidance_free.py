@@ -8,8 +8,8 @@ from diffusers import WanPipeline
 
 import vidaccel
 from vidaccel import DCVideoGenPipeline, demo
+from vidaccel.pipelines.files.weight_files import transformer_files
 from vidaccel.pipelines.guidance_free.adapter_file import OWN_FILE, read_adapter
-from vidaccel.pipelines.weight_files import transformer_files
 
 SHIPPED = [model for model in demo.MODELS if (demo.path(model) / "transformer" / OWN_FILE).is_file()]
 

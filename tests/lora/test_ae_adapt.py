@@ -26,7 +26,7 @@ from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.trainer import Stopped
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
 from vidaccel.pipelines.deep_compression.adapted import load_adapter
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
 
 SIZE = {"frames": 8, "height": 64, "width": 64}
 

@@ -17,7 +17,7 @@ from vidaccel.lora.checkpoints.begun_from import kept_teacher
 from vidaccel.lora.checkpoints.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.trainer import Stopped
-from vidaccel.pipelines.run_folder import FILE
+from vidaccel.pipelines.files.run_folder import FILE
 
 UNSEEN = {"validation": {"prompts": [], "clips": 0}}
 GFT = {"recipe": "gft", "gft": {"max_scale": 4}, **UNSEEN}

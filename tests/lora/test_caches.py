@@ -27,7 +27,7 @@ from vidaccel.lora.distributed.generators import Place
 from vidaccel.lora.recipes.ae_adapt import AEAdapt
 from vidaccel.lora.recipes.base import Process
 from vidaccel.lora.settings import SizeSettings
-from vidaccel.pipelines.whole_files import NotWritten
+from vidaccel.pipelines.files.whole_files import NotWritten
 
 HERE = Process(torch.device("cpu"))
 SIZE = SizeSettings(4, 32, 32)

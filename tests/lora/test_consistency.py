@@ -21,7 +21,7 @@ from vidaccel.lora.config import ConfigError
 from vidaccel.lora.data.identities import file_identity
 from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.trainer import Stopped
-from vidaccel.pipelines.run_folder import FILE
+from vidaccel.pipelines.files.run_folder import FILE
 
 KEY = "beta_embedder.linear.weight"
 

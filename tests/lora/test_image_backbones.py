@@ -36,7 +36,7 @@ from vidaccel.lora.export import export_adapter
 from vidaccel.pipelines import DCGenPipeline, DCVideoGenPipeline
 from vidaccel.pipelines.deep_compression.adapted_images import FLUX, retarget_flux
 from vidaccel.pipelines.deep_compression.adapter_folder import AdapterError
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
 
 NAMES = ("flux", "sana")
 SIZE = {"frames": 1, "height": 32, "width": 64}

@@ -12,7 +12,7 @@ from vidaccel import demo
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.places import absent
 from vidaccel.pipelines.few_steps.wan_names import renamed
-from vidaccel.pipelines.weight_files import transformer_files, weights_of
+from vidaccel.pipelines.files.weight_files import transformer_files, weights_of
 
 
 @pytest.fixture

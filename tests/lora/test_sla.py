@@ -25,7 +25,7 @@ from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.recipes.sla import SparseLinear
 from vidaccel.lora.trainer import Diverged, Stopped
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA, names_in, read_config
-from vidaccel.pipelines.run_folder import FILE
+from vidaccel.pipelines.files.run_folder import FILE
 
 TOKENS = 12  # of the clips: 3 key blocks, of which one is read
 LAYERS = ("blocks.0.attn1", "blocks.1.attn1")

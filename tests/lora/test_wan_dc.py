@@ -19,7 +19,7 @@ from vidaccel.lora.backbones import open_model
 from vidaccel.lora.backbones.base import SampleRequest
 from vidaccel.lora.config import ConfigError
 from vidaccel.pipelines.deep_compression.adapter_folder import FULL_FILE
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
 
 SIZE = {"frames": 8, "height": 32, "width": 64}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
 
 
 def random_lora(transformer, part: str) -> tuple[torch.Generator, dict[str, torch.Tensor]]:

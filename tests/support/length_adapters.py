@@ -9,8 +9,8 @@ from gft_adapters import random_lora
 from safetensors.torch import save_file
 
 from vidaccel.attention import DenseSchedule, Radial
+from vidaccel.pipelines.files.weight_files import transformer_files
 from vidaccel.pipelines.length.trained import TrainedLength, facts_of_length
-from vidaccel.pipelines.weight_files import transformer_files
 
 METHOD = Radial(8, decay=0.3, min_window=0, sink=False, schedule=DenseSchedule(first_layers=1))
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from vidaccel import SLA, demo
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA, add_projections, names_in, write_config
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
 
 METHOD = SLA(topk=0.3, block=(8, 8))
 

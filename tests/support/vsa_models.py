@@ -11,7 +11,7 @@ from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from vidaccel.pipelines.acceleration.vsa_gates import GATE, TrainedVSA, write_config
-from vidaccel.pipelines.weight_files import WEIGHTS
+from vidaccel.pipelines.files.weight_files import WEIGHTS
 
 TRAINED = TrainedVSA(density=0.3, cube=(1, 2, 2))
 

@@ -101,8 +101,8 @@ def test_the_built_in_model_uses_its_own_lora_for_longer_videos(tmp_path, transf
 
 
 def test_the_shipped_loras_are_small_and_of_the_shipped_model():
+    from vidaccel.pipelines.files.weight_files import transformer_files
     from vidaccel.pipelines.length import read_length
-    from vidaccel.pipelines.weight_files import transformer_files
 
     adapters = [read_length(path) for path in demo.length_loras()]
     assert [adapter.trained.frames for adapter in adapters] == [17, 33]  # 65 and 129 frames

@@ -26,8 +26,8 @@ from vidaccel.generation.models.facts import inspect_model, inspect_pipeline
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.lora.adapters.lora_file import save_lora
 from vidaccel.lora.backbones.wan_own import WanModel
-from vidaccel.pipelines.lora_files import LoraFile, target_of
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
+from vidaccel.pipelines.loras.files import LoraFile, target_of
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 1, "progress": False}
 

@@ -14,7 +14,7 @@ from vidaccel import SLA
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.pipelines.run_folder import FILE
+from vidaccel.pipelines.files.run_folder import FILE
 
 SMALL = {"frames": 5, "height": 64, "width": 64, "steps": 2, "progress": False}  # 32 tokens
 

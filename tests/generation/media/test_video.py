@@ -15,7 +15,7 @@ from vidaccel.generation.media import video
 from vidaccel.generation.media.files import Undecodable
 from vidaccel.generation.media.video import EncodingError, contact_sheet, write_mp4
 from vidaccel.generation.media.video_reader import read_video
-from vidaccel.pipelines.whole_files import NotWritten
+from vidaccel.pipelines.files.whole_files import NotWritten
 
 
 def test_round_trip(clip, tmp_path):

@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 import vidaccel
 from vidaccel import SVG2, DenseSchedule, Tangent
 from vidaccel.pipelines import find_transformers
-from vidaccel.pipelines.running_pipeline import running_pipeline
+from vidaccel.pipelines.hooks.running_pipeline import running_pipeline
 
 METHOD = SVG2(density=0.4, schedule=DenseSchedule(first_steps=1))
 

@@ -21,8 +21,8 @@ from vsa_models import TRAINED, velocity
 import vidaccel
 from vidaccel import VSA, DMDScheduler, GridScheduler, RCMScheduler
 from vidaccel.pipelines.acceleration.vsa_gates import VSAError
+from vidaccel.pipelines.files.weight_files import WEIGHTS
 from vidaccel.pipelines.trained_for import KEY
-from vidaccel.pipelines.weight_files import WEIGHTS
 
 TRAINED_METHODS = {"vsa": TRAINED.method(), "sla": replace(SLA_METHOD, eps=SLA_METHOD.added_eps)}
 

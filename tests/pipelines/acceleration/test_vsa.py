@@ -14,8 +14,8 @@ from vsa_models import TRAINED, gates, same, write_gates
 
 import vidaccel
 from vidaccel import VSA, DenseSchedule, SparseAttention
-from vidaccel.pipelines import json_files, weight_files
 from vidaccel.pipelines.acceleration.vsa_gates import CONFIG, GATE, TrainedVSA, VSAError
+from vidaccel.pipelines.files import json_files, weight_files
 
 METHOD = TRAINED.method()
 DEMO = {"in_channels": 8, "out_channels": 8, "text_dim": 64}  # as its autoencoder and its text encoder make them

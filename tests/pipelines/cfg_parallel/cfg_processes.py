@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import vidaccel
 from vidaccel import DenseSchedule, Preset, Radial, Tangent, accelerate, cfg_parallel, restore
-from vidaccel.pipelines.diffusers_hooks import hooks_of
+from vidaccel.pipelines.hooks.diffusers_hooks import hooks_of
 from vidaccel.pipelines.presets.errors import PresetError
 from vidaccel.pipelines.presets.levers import Cache
 

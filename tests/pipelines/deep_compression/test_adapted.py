@@ -25,7 +25,7 @@ from vidaccel.pipelines.deep_compression.adapter_folder import (
     AdapterError,
     read_facts,
 )
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
 
 
 @pytest.mark.parametrize("lora", [True, False])

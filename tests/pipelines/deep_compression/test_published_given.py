@@ -14,10 +14,10 @@ from tiny_wan import make_scheduler
 
 from vidaccel.autoencoders.convert import CheckpointError
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, convert_repository
-from vidaccel.pipelines.conversions import files_below
 from vidaccel.pipelines.deep_compression.published import cached_conversion
 from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.deep_compression.published_parts import only_autoencoder
+from vidaccel.pipelines.files.conversions import files_below
 
 T2V, I2V = DCVideoGenPipeline, DCVideoGenImageToVideoPipeline
 FILE = "dc-ae-v-1.0-f32t4c4.pt"

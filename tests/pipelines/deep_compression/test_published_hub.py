@@ -19,7 +19,7 @@ from vidaccel.pipelines.deep_compression.adapted import adapted_transformer
 from vidaccel.pipelines.deep_compression.adapter_folder import AdapterError
 from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.deep_compression.published_hub import fetch_published
-from vidaccel.pipelines.weight_files import transformer_files
+from vidaccel.pipelines.files.weight_files import transformer_files
 
 T2V, I2V = DCVideoGenPipeline, DCVideoGenImageToVideoPipeline
 AUTOENCODER = "dc-ai/dc-ae-v-1.0-f32t4c32"

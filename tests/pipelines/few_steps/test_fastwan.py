@@ -22,7 +22,7 @@ from vidaccel.autoencoders.checkpoint_file import CheckpointError
 from vidaccel.pipelines.acceleration.vsa_gates import published_density
 from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.few_steps import convert_fastwan
-from vidaccel.pipelines.weight_files import WEIGHTS
+from vidaccel.pipelines.files.weight_files import WEIGHTS
 
 
 @pytest.fixture(scope="module")

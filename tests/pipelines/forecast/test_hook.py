@@ -8,7 +8,7 @@ from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
 from vidaccel import Preset
-from vidaccel.pipelines.diffusers_hooks import FORECAST_HOOK, hooks_of
+from vidaccel.pipelines.hooks.diffusers_hooks import FORECAST_HOOK, hooks_of
 from vidaccel.pipelines.presets import Cache, PresetError
 
 ANYTHING = Preset(cache=Cache("forecast", 1e6))

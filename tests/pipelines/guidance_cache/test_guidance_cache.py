@@ -17,11 +17,11 @@ from tiny_wan import generate, make_pipe, make_transformer
 import vidaccel
 from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent, accelerate, guidance_cache, restore
 from vidaccel.attention import StepInfo
-from vidaccel.pipelines.diffusers_hooks import hooks_of
 from vidaccel.pipelines.guidance_cache.differences import Differences
 from vidaccel.pipelines.guidance_cache.passes import LeftOutPasses
+from vidaccel.pipelines.hooks.diffusers_hooks import hooks_of
+from vidaccel.pipelines.hooks.undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
 from vidaccel.pipelines.presets import PresetError
-from vidaccel.pipelines.undo import CFG_PARALLEL, GUIDANCE_CACHE, GUIDANCE_FREE
 
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12)
 

@@ -21,9 +21,9 @@ from tiny_wan import make_pipe, make_scheduler, make_transformer
 
 import vidaccel
 from vidaccel import DCVideoGenPipeline
+from vidaccel.pipelines.files.weight_files import transformer_files
 from vidaccel.pipelines.guidance_free import GuidanceFreeError
 from vidaccel.pipelines.loading import call_arguments
-from vidaccel.pipelines.weight_files import transformer_files
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from tiny_wan import make_transformer
 
 import vidaccel
-from vidaccel.pipelines import group_offloading
 from vidaccel.pipelines.guidance_free import GuidanceFreeError
+from vidaccel.pipelines.hooks import group_offloading
 
 LOGGER = "vidaccel.pipelines.guidance_free.installed"
 
@@ -388,7 +388,7 @@ def test_compiled_and_run_before_it_comes(pipe, gated, what, merge):
 def test_blocks_that_are_alike_stay_one_graph():
     """However often a LoRA comes and goes, and whichever it is."""
     from vidaccel.pipelines.guidance_free.low_rank import LowRank
-    from vidaccel.pipelines.seen_hook import LOOKS_AT_CLASSES
+    from vidaccel.pipelines.hooks.seen_hook import LOOKS_AT_CLASSES
 
     class Block(torch.nn.Module):
         def __init__(self) -> None:

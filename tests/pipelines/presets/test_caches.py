@@ -22,7 +22,7 @@ from vidaccel.attention import StepInfo
 from vidaccel.pipelines import find_transformers
 from vidaccel.pipelines.acceleration.clock import StepClock
 from vidaccel.pipelines.acceleration.left_out import pass_was_left_out
-from vidaccel.pipelines.diffusers_hooks import hooks_of
+from vidaccel.pipelines.hooks.diffusers_hooks import hooks_of
 from vidaccel.pipelines.presets import measure_mag_ratios
 from vidaccel.pipelines.presets.caches import check_cache, install_cache
 from vidaccel.pipelines.presets.errors import PresetError

@@ -16,8 +16,8 @@ from tiny_wan import generate, make_pipe
 import vidaccel
 from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent
 from vidaccel.pipelines.guidance_cache.differences import left_out
+from vidaccel.pipelines.hooks.undo import PRESET
 from vidaccel.pipelines.presets import Cache, PresetError, load_preset, save_preset
-from vidaccel.pipelines.undo import PRESET
 
 EVERY_2 = GuidanceCache(2, first_steps=2)
 FEW = Tangent(density=0.4, q_clusters=6, k_clusters=12, schedule=DenseSchedule())

@@ -20,7 +20,7 @@ from tiny_wan import aligned, generate, make_pipe, make_transformer
 
 import vidaccel
 from vidaccel import Preset
-from vidaccel.pipelines.kept_loras import tuner_layers
+from vidaccel.pipelines.loras.kept_loras import tuner_layers
 from vidaccel.pipelines.presets import LoraFile, PresetError, SchedulerChoice, loras
 
 

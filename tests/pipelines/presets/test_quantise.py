@@ -10,7 +10,7 @@ from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
 from vidaccel import Preset
-from vidaccel.pipelines.kept_loras import tuner_layers
+from vidaccel.pipelines.loras.kept_loras import tuner_layers
 from vidaccel.pipelines.presets import Quantize
 from vidaccel.pipelines.presets.applied import quantise_for_good
 

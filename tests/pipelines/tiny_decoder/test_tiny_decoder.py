@@ -13,8 +13,8 @@ from tiny_decoders import decoder_for
 
 from vidaccel import demo, tiny_decoder
 from vidaccel.autoencoders.tiny import compression_of, frames_of, to_transformer
+from vidaccel.pipelines.hooks.undo import TINY_DECODER, restore
 from vidaccel.pipelines.tiny_decoder import TinyDecoderError
-from vidaccel.pipelines.undo import TINY_DECODER, restore
 
 PIPELINES = {
     "wan": wan_kin.wan,

@@ -21,11 +21,11 @@ from vidaccel.lora.config import ConfigError
 from vidaccel.nodes.adapter_files import state_of
 from vidaccel.nodes.pipeline.loras import Lora
 from vidaccel.pipelines.acceleration.sla_weights import TrainedSLA
-from vidaccel.pipelines.adapter_header import facts_of
+from vidaccel.pipelines.files.adapter_header import facts_of
+from vidaccel.pipelines.files.run_folder import FILE, NoAdapter, adapter_path, chosen_adapter, model_path, taken
 from vidaccel.pipelines.length.adapter_file import read_length
 from vidaccel.pipelines.length.trained import LengthError
-from vidaccel.pipelines.lora_files import LoraError, LoraFile, attach_loras
-from vidaccel.pipelines.run_folder import FILE, NoAdapter, adapter_path, chosen_adapter, model_path, taken
+from vidaccel.pipelines.loras.files import LoraError, LoraFile, attach_loras
 
 BASE = {"base": "tiny", "base_hash": "0", "part": "transformer", "rank": 2, "unconditional": ""}
 TRAINED = TrainedSLA.of(SLA(topk=0.5, block=(8, 8)), (), "tiny", "0").facts()

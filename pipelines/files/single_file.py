@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ..deep_compression.published_files import LayoutError, download, read_json
+from ..errors import first_line
 from .conversions import conversion_place, discard, is_whole, stamps
-from .deep_compression.published_files import LayoutError, download, read_json
 from .drafts import beside, take
-from .errors import first_line
 
 if TYPE_CHECKING:
     import torch

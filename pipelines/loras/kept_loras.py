@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hooks.unsaved import TAKE_OUT, Unsaved
 from .noted_merges import NotedMerges, note_merges
-from .unsaved import TAKE_OUT, Unsaved
 
 logger = logging.getLogger(__name__)
 

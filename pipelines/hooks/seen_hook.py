@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .acceleration.copies import CopiedNotPickled
+from ..acceleration.copies import CopiedNotPickled
 
 LOOKS_AT_CLASSES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 12)
 """Whether compiled code sees that a module within the compiled one is of another class."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar, runtime_chec
 
 import torch
 
-from .acceleration.copies import CopiedNotPickled
+from ..acceleration.copies import CopiedNotPickled
 from .diffusers_hooks import hooks_of
 from .removed import refuse_removed
 from .replaced import Replaced

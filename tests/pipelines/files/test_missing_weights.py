@@ -11,7 +11,7 @@ from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.models.facts import inspect_model
 from vidaccel.generation.run import load
-from vidaccel.pipelines.missing_weights import missing_weights
+from vidaccel.pipelines.files.missing_weights import missing_weights
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from .lora_files import TRANSFORMERS, LoraError, LoraFile, check_part, trained_for
-from .run_folder import FILE
+from ..files.run_folder import FILE
+from .files import TRANSFORMERS, LoraError, LoraFile, check_part, trained_for
 
 _NAMED = dict(zip(("high", "low"), TRANSFORMERS, strict=True))
 """Noise -> the transformer that removes it."""

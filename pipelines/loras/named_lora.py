@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from .errors import first_line
+from ..errors import first_line
 from .kept_loras import KeptLoras, take_out, tuner_layers
 
 if TYPE_CHECKING:

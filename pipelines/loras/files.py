@@ -48,7 +48,7 @@ def trained_for(path: Path) -> str | None:
     Args:
         path: of the file, or see `LoraFile`.
     """
-    from .adapter_header import facts_of
+    from ..files.adapter_header import facts_of
 
     facts = facts_of(path)
     stage = facts.get("levels") != [0.0, 1.0] and facts.get("part")
@@ -84,7 +84,7 @@ def check_readable(path: Path) -> None:
 
 def lora_file(path: Path) -> Path | None:
     """The one safetensors file of a LoRA; None where a folder has several and none of the usual name."""
-    from .run_folder import adapter_path
+    from ..files.run_folder import adapter_path
 
     file = adapter_path(path)
     if file.is_dir():
@@ -104,7 +104,7 @@ def of_run(lora: LoraFile) -> LoraFile:
 
 
 def _chosen(path: Path) -> Path:
-    from .run_folder import NoAdapter, chosen_adapter
+    from ..files.run_folder import NoAdapter, chosen_adapter
 
     try:
         return chosen_adapter(path)
@@ -154,9 +154,9 @@ def attach_loras(pipe: DiffusionPipeline, loras: Sequence[LoraFile], name_as: st
 
 def _load(pipe: DiffusionPipeline, lora: LoraFile, adapter: str, name: str, part: torch.nn.Module) -> list[str]:
     """Load one into one transformer; returns and raises as `attach_loras`."""
-    from .acceleration.families import unwrap
-    from .errors import few_of
-    from .lora_contents import DORA, biases_some, broken, layers_of, missing_layers, other_kind, translated
+    from ..acceleration.families import unwrap
+    from ..errors import few_of
+    from .contents import DORA, biases_some, broken, layers_of, missing_layers, other_kind, translated
 
     file = {"weight_name": lora.path.name} if lora.path.is_file() else {}
     folder = str(lora.path.parent if file else lora.path)
@@ -192,8 +192,8 @@ def _why_not(
     error: Exception,
 ) -> str:
     """Why diffusers does not load a LoRA, in words behind its name; what it says itself, where that is all."""
-    from .errors import first_line
-    from .lora_contents import misfit, unreadable
+    from ..errors import first_line
+    from .contents import misfit, unreadable
 
     if matrices and (why := misfit(matrices, modules, type(transformer).__name__)):
         return why

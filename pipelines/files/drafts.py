@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..autoencoders.file_modes import as_new_files
+from ...autoencoders.file_modes import as_new_files
 
 logger = logging.getLogger(__name__)
 

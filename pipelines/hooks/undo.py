@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from .acceleration import handle as acceleration
-from .acceleration.rebinding import SparseProcessor
+from ..acceleration import handle as acceleration
+from ..acceleration.rebinding import SparseProcessor
+from ..length import handle as length
+from ..length import rotary
 from .hooked import handles_on, take_off_alone
-from .length import handle as length
-from .length import rotary
 
 GUIDANCE_FREE = "_vidaccel_guidance_free"
 """Attribute of a pipeline that holds its guidance-free handle."""

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vidaccel.pipelines.renamed_weights import write_renamed
+from vidaccel.pipelines.files.renamed_weights import write_renamed
 
 TENSORS = {
     "a.weight": torch.arange(15).view(3, 5).to(torch.bfloat16),

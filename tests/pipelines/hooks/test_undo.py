@@ -14,9 +14,9 @@ from tiny_wan import generate, make_pipe, make_transformer
 
 import vidaccel
 from vidaccel import SVG2, Preset
-from vidaccel.pipelines.diffusers_hooks import hooks_of
 from vidaccel.pipelines.guidance_cache.samples import LeftOutSamples
-from vidaccel.pipelines.hooked import is_hooked
+from vidaccel.pipelines.hooks.diffusers_hooks import hooks_of
+from vidaccel.pipelines.hooks.hooked import is_hooked
 
 LEVERS = {
     **{name: lambda pipe, name=name: vidaccel.apply(pipe, Preset(cache=EAGER[name])) for name in EAGER},

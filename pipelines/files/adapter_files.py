@@ -29,7 +29,7 @@ def read_header(
     Raises:
         ValueError: as `error`, where there is no such file, one of another recipe, or one that is damaged.
     """
-    from .lora_contents import misshapen
+    from ..loras.contents import misshapen
 
     try:
         path = chosen_adapter(location)
@@ -66,7 +66,7 @@ def read_split(
     Raises:
         ValueError: as `error`, where a tensor holds no weights.
     """
-    from .lora_contents import without_numbers
+    from ..loras.contents import without_numbers
 
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dict

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vidaccel.pipelines.json_files import write_json
-from vidaccel.pipelines.whole_files import NotWritten, staged, write_bytes
+from vidaccel.pipelines.files.json_files import write_json
+from vidaccel.pipelines.files.whole_files import NotWritten, staged, write_bytes
 
 
 def test_interrupted_while_writing(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from .errors import few_of
+from ..errors import few_of
 from .plain_content import object_in
 
 _PARTS = re.compile(r"(transformer|vae|text_encoder|image_encoder)(_\d)?")

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, base_location, is_adapter, read_facts
-from .errors import first_line
+from ..deep_compression.adapter_folder import FACTS_FILE, FULL_FILE, LORA_FILE, base_location, is_adapter, read_facts
+from ..errors import first_line
 from .locations import is_hub_id
 from .plain_content import object_in
 

@@ -14,8 +14,8 @@ from tiny_wan import generate, make_pipe, make_transformer
 import vidaccel
 from vidaccel import Preset
 from vidaccel.pipelines.errors import first_line
-from vidaccel.pipelines.lora_files import LoraError, LoraFile, attach_loras
-from vidaccel.pipelines.lora_layers import LoraLayers
+from vidaccel.pipelines.loras.files import LoraError, LoraFile, attach_loras
+from vidaccel.pipelines.loras.layers import LoraLayers
 
 Q = "diffusion_model.blocks.{}.self_attn.q"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline, ModularPipeline
 
-from .acceleration.copies import CopiedNotPickled
+from ..acceleration.copies import CopiedNotPickled
 
 
 def running_pipeline(thread: int | None = None) -> Any | None:

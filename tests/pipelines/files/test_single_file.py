@@ -21,8 +21,8 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.tuning import api as tuning
 from vidaccel.pipelines.break_even import BreakEven
 from vidaccel.pipelines.few_steps.wan_names import renamed
-from vidaccel.pipelines.single_file import LayoutError, SingleFileError, pipeline_of
-from vidaccel.pipelines.weight_files import transformer_files, transformer_tensors, weights_of
+from vidaccel.pipelines.files.single_file import LayoutError, SingleFileError, pipeline_of
+from vidaccel.pipelines.files.weight_files import transformer_files, transformer_tensors, weights_of
 
 SMALL = {"frames": 5, "height": 32, "width": 32, "steps": 2, "progress": False}
 

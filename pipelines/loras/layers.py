@@ -10,8 +10,8 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 
-from .errors import first_line
-from .lora_contents import misfit, translated, unreadable
+from ..errors import first_line
+from .contents import misfit, translated, unreadable
 
 
 class LoraLayers:
