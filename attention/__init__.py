@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .account.records import CallRecord, RunReport
 from .backends import BACKENDS, Backend, Capability
 from .engine import SparseAttention
 from .functional import sparse_attention
@@ -23,7 +24,6 @@ from .methods import (
     resolve_method,
 )
 from .plan import BlockPlan
-from .records import CallRecord, RunReport
 from .schedule import DenseSchedule, StepInfo
 
 __all__ = [

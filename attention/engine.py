@@ -10,6 +10,10 @@ from typing import Any
 
 import torch
 
+from .account.meter import added_in, check_rows, relative_error, sample_rows
+from .account.pending import KeptRecords, Pending
+from .account.records import RunReport, call_of, dropped_note
+from .account.timing import Span
 from .backends import (
     BACKENDS,
     WORTHWHILE,
@@ -25,14 +29,10 @@ from .groups import dense_attention
 from .heads import ALL_HEADS, HeadShare
 from .layout import VideoLayout
 from .memory import EngineMemory, kept_layouts
-from .meter import added_in, check_rows, relative_error, sample_rows
 from .methods import Method, resolve_method
 from .pass_plans import PassPlans
-from .pending import KeptRecords, Pending
 from .plan import BlockPlan
-from .records import RunReport, call_of, dropped_note
 from .schedule import DenseSchedule, StepInfo, check_kind
-from .timing import Span
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ import torch
 
 from .backends import Backend, Request, pick, pick_special
 from .backends.base import AS_INPUTS, SMALL_TILE, Precision
+from .clustering.slopes import follow
 from .compensate import attend_skipped
 from .gradients import transform_of, wants_gradient
 from .merge import merge
 from .plan import BlockPlan
-from .slopes import follow
 
 
 @overload

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from .plain_values import of_python
+from .account.plain_values import of_python
 
 OTHERWISE = "give DenseSchedule whole numbers for another choice"
 """What a remark ends with, for who can."""

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
+    from ..attention.account.records import RunReport
     from ..attention.methods.base import Method
-    from ..attention.records import RunReport
     from ..attention.schedule import DenseSchedule
     from ..pipelines.presets import Account, Applied, Preset
     from .crew import Crew

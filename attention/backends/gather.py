@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..clustering.slopes import follow_in_tile
 from ..gradients import wants_gradient
 from ..groups import by_group, by_head, dense_attention, repeat_heads
 from ..merge import attend_scores
 from ..plan import BlockPlan, permute, unpermute
 from ..rows import token_rows
-from ..slopes import follow_in_tile
 from ..threads import each
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 

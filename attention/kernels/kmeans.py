@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..labels import label_dtype, sort_labels
+from ..clustering.labels import label_dtype, sort_labels
 from .launch import FUSED, Tiles, on_device, padded, rows_contiguous
 from .runs import cut_clusters
 from .walk import load_rows

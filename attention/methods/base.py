@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 
+from ..account.plain_values import of_python
 from ..heads import ALL_HEADS, HeadShare
 from ..layout import VideoLayout
-from ..plain_values import of_python
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule, check_kind
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import (
+from ..clustering.clusters import (
     Clusters,
     cluster,
     cluster_mass,
@@ -18,11 +18,11 @@ from ..clusters import (
     renewed,
     spend,
 )
+from ..clustering.probe import map_error
 from ..groups import repeat_heads
 from ..heads import HeadShare
 from ..layout import VideoLayout
 from ..plan import BlockPlan
-from ..probe import map_error
 from ..running_sum import running_sum
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters

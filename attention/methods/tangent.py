@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..budget import Budget
-from ..clusters import (
+from ..clustering.budget import Budget
+from ..clustering.clusters import (
     Clusters,
     cluster,
     clusters_of,
@@ -22,16 +22,16 @@ from ..clusters import (
     text_of,
     with_order,
 )
+from ..clustering.labels import label_dtype
+from ..clustering.probe import probe, read
+from ..clustering.slopes import slopes_of
+from ..clustering.spread import spread_of
+from ..clustering.tolerance import ROWS, Measured, falling_slowly, within
 from ..groups import repeat_heads
-from ..labels import label_dtype
 from ..layout import VideoLayout
 from ..plan import BlockPlan
-from ..probe import probe, read
 from ..schedule import DenseSchedule
 from ..skipped import SkippedClusters
-from ..slopes import slopes_of
-from ..spread import spread_of
-from ..tolerance import ROWS, Measured, falling_slowly, within
 from .base import Method, PlanMemory, check_count, check_flag, check_fraction, check_reach, cluster_count
 
 # Video tokens. With the probe paid out of a density of .20, the error on the demo model is .054 at 576 tokens and .024

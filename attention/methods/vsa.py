@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 
-from ..clusters import text_last
+from ..clustering.clusters import text_last
 from ..gradients import wants_gradient
 from ..groups import repeat_heads
 from ..layout import VideoLayout

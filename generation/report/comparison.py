@@ -23,7 +23,7 @@ from .decibel import of_mean_error
 if TYPE_CHECKING:
     import torch
 
-    from ...attention.records import RunReport
+    from ...attention.account.records import RunReport
     from ...pipelines.presets import Account
 
 MIN_COMPARED = 11

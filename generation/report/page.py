@@ -19,7 +19,7 @@ from .figures import figure_svg, heat_map, line_chart, quantile_chart
 if TYPE_CHECKING:
     import jinja2
 
-    from ...attention.records import RunReport
+    from ...attention.account.records import RunReport
 
 
 VERSION = 1
@@ -82,7 +82,7 @@ def summary(comparison: Comparison, folder: str | Path) -> dict[str, Any]:
         comparison: with its files.
         folder: of the numbers; the videos' files are named as from there.
     """
-    from ...attention.plain_values import plain
+    from ...attention.account.plain_values import plain
 
     videos = []
     for video, file in zip(comparison.videos, comparison.files, strict=True):
@@ -162,7 +162,7 @@ def write_json(comparison: Comparison, path: str | Path) -> Path:
 
 def write_numbers(numbers: dict[str, Any], path: str | Path) -> Path:
     """Write what a page tells as JSON, in which there is no NaN."""
-    from ...attention.plain_values import plain
+    from ...attention.account.plain_values import plain
 
     text = json.dumps(plain(numbers), indent=2, allow_nan=False)
     return write_bytes(text.encode() + b"\n", path)
@@ -191,7 +191,7 @@ def template(name: str) -> jinja2.Template:
     """A page of `templates/`, with the filters for times, PSNR and shares."""
     import jinja2
 
-    from ...attention.records import percent
+    from ...attention.account.records import percent
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)

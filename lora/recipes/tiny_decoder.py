@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ... import demo
-from ...attention.timing import Span
+from ...attention.account.timing import Span
 from ...autoencoders import AutoencoderDCV
 from ...autoencoders.tiny import KNOWN, TinyVideoDecoder, channels_of, compression_of, frames_of, to_transformer
 from ...autoencoders.tiny.layers import MemoryBlock, WideMemoryBlock

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from ...attention import DenseSchedule, Method, SparseAttention, StepInfo, VideoLayout
+from ...attention.account.meter import check_rows
+from ...attention.account.timing import Span
 from ...attention.backends import check_backend
-from ...attention.meter import check_rows
 from ...attention.methods.base import OutOfReach
-from ...attention.timing import Span
 from ..report.run_log import RunLog
 from ..report.wording import limit_words, said_by, video_words
 from .calls import ForwardPass, unfit_reason

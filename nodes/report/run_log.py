@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ...attention import CallRecord, RunReport, SparseAttention, VideoLayout
-from ...attention.records import KEPT_RUNS
-from ...attention.timing import Span
+from ...attention.account.records import KEPT_RUNS
+from ...attention.account.timing import Span
 from ..native.calls import ForwardPass
 from .cache_log import CacheLog
 from .news import CACHED, NEVER, News, nothing

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ...attention import CallRecord, RunReport
-from ...attention.records import percent
+from ...attention.account.records import percent
 from ...generation.report.figures import heat_map
 from ...generation.report.page import HeatMap, format_seconds, heat_maps
 from .news import News, why_dense

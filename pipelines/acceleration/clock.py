@@ -14,7 +14,7 @@ from weakref import WeakMethod
 import torch
 
 from ...attention import StepInfo
-from ...attention.records import KEPT_RUNS
+from ...attention.account.records import KEPT_RUNS
 from ..hooks.running_pipeline import PipelineOfPass, running_pipeline
 from .host_reads import place_in
 from .one_thread import OneThread

@@ -11,9 +11,9 @@ from types import MappingProxyType
 from typing import Any
 
 from ...attention import SLA, DenseSchedule, Method, RunReport
+from ...attention.account.meter import check_rows
+from ...attention.account.records import dropped_note
 from ...attention.backends import check_backend
-from ...attention.meter import check_rows
-from ...attention.records import dropped_note
 from ..hooks.removed import refuse_removed
 from ..hooks.replaced import Replaced
 from ..trained_for import origins_of

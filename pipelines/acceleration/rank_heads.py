@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from ...attention.account.records import CallRecord
 from ...attention.heads import HeadShare
-from ...attention.records import CallRecord
 
 UNEVEN = 1.05  # the pairs of the busiest process over the mean of all, above which heads change places,
 CALLS = 8  # that are remembered

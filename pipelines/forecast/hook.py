@@ -12,7 +12,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from ...attention import StepInfo
-from ...attention.records import call_of
+from ...attention.account.records import call_of
 from ..acceleration.clock import StepClock
 from ..acceleration.scheduler_table import Timestep
 from ..guidance_branches import tensors_in, with_tensors

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ...attention.account.records import RunReport
 from ...attention.methods import Method, resolve_method
-from ...attention.records import RunReport
 from ..acceleration.families import unwrap
 from ..acceleration.handle import Handle, accelerate
 from ..base_check import check_base

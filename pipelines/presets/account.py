@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ...attention import DenseSchedule, RunReport, StepInfo
-from ...attention.plain_values import plain
-from ...attention.records import VERSION, CallRecord, kept_records, of_last_call
+from ...attention.account.plain_values import plain
+from ...attention.account.records import VERSION, CallRecord, kept_records, of_last_call
 from ..acceleration.clock import StepClock
 from ..acceleration.copies import CopiedNotPickled
 from ..acceleration.families import Family

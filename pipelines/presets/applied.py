@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ...attention.records import RunReport
+from ...attention.account.records import RunReport
 from ..acceleration.call_marks import CallMarks
 from ..acceleration.clock import StepClock
 from ..acceleration.handle import Handle, accelerate

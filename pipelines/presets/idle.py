@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ...attention.records import CallRecord
+from ...attention.account.records import CallRecord
 from .levers import CACHES, Cache
 
 if TYPE_CHECKING:

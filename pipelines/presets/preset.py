@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...attention.account.plain_values import plain
 from ...attention.backends import check_backend, precision_of
 from ...attention.methods import Method, check_config
 from ...attention.methods.description import describe, in_words
-from ...attention.plain_values import plain
 from ...demo import MODELS
 from ..files.locations import is_hub_id, is_model
 from ..guidance_cache.settings import GuidanceCache

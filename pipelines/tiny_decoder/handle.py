@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 
-from ...attention.timing import Span
+from ...attention.account.timing import Span
 from ...autoencoders.dtypes import computing_dtype
 from ...autoencoders.tiny import TinyVideoDecoder, frames_of, to_transformer
 from ..acceleration.copies import CopiedNotPickled

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vidaccel import SVG, SVG2, DenseSchedule, SparseAttention, Tangent, VideoLayout, sparse_attention
-from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, own_kernels, pending
+from vidaccel.attention import METHODS, PlanMemory, RandomBlocks, StepInfo, own_kernels
+from vidaccel.attention.account import pending
+from vidaccel.attention.account.timing import Span, event_class
 from vidaccel.attention.backends import ELSEWHERE
-from vidaccel.attention.timing import Span, event_class
 
 LAYOUT = VideoLayout(5, 8, 8)
 NEVER = DenseSchedule()

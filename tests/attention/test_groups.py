@@ -23,9 +23,9 @@ from vidaccel import (
     sparse_attention,
 )
 from vidaccel.attention import METHODS, PlanMemory, StepInfo
-from vidaccel.attention import probe as probes
+from vidaccel.attention.account.meter import relative_error, sample_rows
+from vidaccel.attention.clustering import probe as probes
 from vidaccel.attention.groups import by_group, by_head, dense_attention, group_product, repeat_heads
-from vidaccel.attention.meter import relative_error, sample_rows
 from vidaccel.attention.plan import permute
 from vidaccel.attention.skipped import SkippedClusters
 

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from vidaccel import SVG2, BlockPlan, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
-from vidaccel.attention.clusters import cluster, renewed
+from vidaccel.attention.clustering.clusters import cluster, renewed
+from vidaccel.attention.clustering.probe import map_error
 from vidaccel.attention.methods.base import OutOfReach
 from vidaccel.attention.methods.svg2 import select_clusters
-from vidaccel.attention.probe import map_error
 
 LAYOUT = VideoLayout(5, 8, 8)
 

@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from clustered_tokens import FEW, LAYOUT, WITH_TEXT, clustered
 
-import vidaccel.attention.probe as PROBES
-import vidaccel.attention.spread as SPREADS
+import vidaccel.attention.clustering.probe as PROBES
+import vidaccel.attention.clustering.spread as SPREADS
 from vidaccel import METHODS, SVG2, DenseSchedule, Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory, SparseAttention, StepInfo
-from vidaccel.attention.clusters import Clusters, cluster, renewed
-from vidaccel.attention.kmeans import cluster_sizes, update
+from vidaccel.attention.clustering.clusters import Clusters, cluster, renewed
+from vidaccel.attention.clustering.kmeans import cluster_sizes, update
+from vidaccel.attention.clustering.probe import probe, read
+from vidaccel.attention.clustering.slopes import follow
+from vidaccel.attention.clustering.spread import spread_of
 from vidaccel.attention.methods.base import OutOfReach
-from vidaccel.attention.probe import probe, read
-from vidaccel.attention.slopes import follow
-from vidaccel.attention.spread import spread_of
 
 
 def plan_of(q, k, v, layout, **settings):

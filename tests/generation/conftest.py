@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vidaccel.attention.records import CallRecord, RunReport
+from vidaccel.attention.account.records import CallRecord, RunReport
 from vidaccel.generation.media.video import write_mp4
 from vidaccel.generation.report.comparison import Comparison, GeneratedVideo
 

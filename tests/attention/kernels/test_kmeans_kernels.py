@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidaccel.attention import kmeans as reference
+from vidaccel.attention.clustering import kmeans as reference
 from vidaccel.attention.kernels import kmeans as kernels
 
 DTYPES = [torch.float32, torch.float16]

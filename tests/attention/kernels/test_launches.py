@@ -12,9 +12,10 @@ from fast_set import fast
 from planned_calls import LAYOUT, METHODS, tokens
 
 from vidaccel import Radial
-from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs, slopes, spread
+from vidaccel.attention import PlanMemory, runs
 from vidaccel.attention import plan as plans
 from vidaccel.attention.backends.triton import TritonBackend
+from vidaccel.attention.clustering import clusters, kmeans, probe, slopes, spread
 from vidaccel.attention.functional import attend
 from vidaccel.attention.methods import svg
 

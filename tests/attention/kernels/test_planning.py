@@ -10,7 +10,8 @@ pytest.importorskip("triton")
 from planned_calls import LAYOUT, METHODS, tokens
 
 from vidaccel import sparse_attention
-from vidaccel.attention import PlanMemory, clusters, kmeans, probe, runs, spread
+from vidaccel.attention import PlanMemory, runs
+from vidaccel.attention.clustering import clusters, kmeans, probe, spread
 from vidaccel.attention.methods import svg
 
 

@@ -12,8 +12,8 @@ from functools import partial
 
 from vidaccel.attention.kernels import kmeans, launch, permute, probe, profile, runs, sample, slopes, spend, walk
 from vidaccel.attention.methods import svg
-from vidaccel.attention.spread import SAMPLE
-from vidaccel.attention.slopes import rows_at_once
+from vidaccel.attention.clustering.spread import SAMPLE
+from vidaccel.attention.clustering.slopes import rows_at_once
 
 architecture, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 compile_kernel = partial(compile_kernel, disassembled=False)

@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("triton")
 
 from vidaccel import VideoLayout
-from vidaccel.attention import clusters as torch_clusters
 from vidaccel.attention import runs as torch_runs
-from vidaccel.attention import spread as torch_spread
-from vidaccel.attention.clusters import Clusters
+from vidaccel.attention.clustering import clusters as torch_clusters
+from vidaccel.attention.clustering import spread as torch_spread
+from vidaccel.attention.clustering.clusters import Clusters
 from vidaccel.attention.kernels import permute, runs, sample, spend
 
 

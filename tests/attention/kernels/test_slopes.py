@@ -9,7 +9,7 @@ import torch
 from plans import clusters
 
 from vidaccel import sparse_attention
-from vidaccel.attention import slopes
+from vidaccel.attention.clustering import slopes
 from vidaccel.attention.skipped import SkippedClusters
 
 pytest.importorskip("triton")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from vidaccel.attention.records import percent
+from vidaccel.attention.account.records import percent
 from vidaccel.generation.machine import version_of
 from vidaccel.generation.report.comparison import Comparison, GeneratedVideo, compare, mean_psnr
 from vidaccel.generation.report.page import (

@@ -12,7 +12,7 @@ from tiny_wan import generate, make_pipe
 
 import vidaccel
 from vidaccel import DenseSchedule, Radial
-from vidaccel.attention import records
+from vidaccel.attention.account import records
 from vidaccel.pipelines.presets import Preset
 
 METHOD = Radial(8, schedule=DenseSchedule())

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from ..groups import by_group, by_head
+from ..own_kernels import use_kernels
+from ..plan import permute
+from ..rows import token_rows
+from ..runs import cut_segments
+from ..threads import each
 from .clusters import Clusters, in_order
-from .groups import by_group, by_head
-from .own_kernels import use_kernels
-from .plan import permute
-from .rows import token_rows
-from .runs import cut_segments
-from .threads import each
 
 PIECE = 32  # keys of a cluster that are probed at once
 NUMBERS = 2**25  # of each large table held at once in float32, over the heads that are worked on together
@@ -55,7 +55,7 @@ def probe(
         room: empty rows and columns behind those of the clusters.
     """
     if use_kernels(k):
-        from .kernels.probe import probe_clusters
+        from ..kernels.probe import probe_clusters
 
         log_mass, bias, key, value = probe_clusters(q_means, k, v, in_order(keys), keys.sizes, scale, room)
         return Probe(log_mass, key, value, bias)
@@ -258,7 +258,7 @@ def read(seen: Probe) -> Seen:
     """Some rows at a time, since the tables are large and may be in half precision."""
     bias = seen.bias.nan_to_num(neginf=0.0)
     if seen.squares is None:
-        from .kernels.probe import read_outputs
+        from ..kernels.probe import read_outputs
 
         mass, outputs, away = read_outputs(seen.log_mass, seen.value)
         return Seen(mass, bias, outputs, away)

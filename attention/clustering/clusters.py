@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .groups import group_product, repeat_heads
+from ..groups import group_product, repeat_heads
+from ..layout import VideoLayout
+from ..own_kernels import use_kernels
+from ..plan import BlockPlan
 from .kmeans import chain_order, cluster_sizes, kmeans, update
 from .labels import sort_labels
-from .layout import VideoLayout
-from .own_kernels import use_kernels
-from .plan import BlockPlan
 
 
 class Clusters(NamedTuple):
@@ -46,7 +46,7 @@ def with_order(clusters: Clusters) -> Clusters:
 def clusters_of(labels: torch.Tensor, means: torch.Tensor) -> Clusters:
     """Clusters from labels alone, `[B, H, N]` int16 or int64; the means, `[B, H, C, D]`, are taken as they are."""
     if use_kernels(labels):
-        from .kernels.kmeans import in_clusters
+        from ..kernels.kmeans import in_clusters
 
         order, sizes = in_clusters(labels, means.shape[2])
         return Clusters(labels, sizes, means, order)
@@ -73,7 +73,7 @@ def cluster(x: torch.Tensor, count: int, iterations: int, start: torch.Tensor | 
 def renewed(x: torch.Tensor, clusters: Clusters) -> Clusters:
     """The same clusters with the means of other tokens, those of a later step."""
     if use_kernels(x):
-        from .kernels.kmeans import means_of
+        from ..kernels.kmeans import means_of
 
         mean = x.mean(2, keepdim=True, dtype=torch.float32)
         return clusters._replace(means=means_of(x, mean, in_order(clusters), clusters.sizes, clusters.means))
@@ -134,7 +134,7 @@ def spend(rank: torch.Tensor, cost: torch.Tensor, budget: torch.Tensor) -> torch
     flat, order = rank.flatten(1).sort(dim=-1, descending=True, stable=True)
     price = cost.flatten(1).gather(-1, order)
     if use_kernels(cost):
-        from .kernels.spend import take
+        from ..kernels.spend import take
 
         return take(flat, order, price, budget).view(rank.shape)
     keep = (2 * price.cumsum(-1) - price <= (2 * budget).long().unsqueeze(-1)) & (flat > -torch.inf)
@@ -167,7 +167,7 @@ def rank_pairs(
         and so many pairs would be of one rank.
     """
     if use_kernels(k_sizes):  # of the tables the last dimension is clusters, of which there may be many
-        from .kernels import spend as kernels
+        from ..kernels import spend as kernels
 
         return kernels.rank_pairs(mass, score_spread, value_spread, away, q_sizes, k_sizes)
     least = torch.finfo(torch.float32).tiny
@@ -200,7 +200,7 @@ def text_last(order: torch.Tensor, layout: VideoLayout) -> torch.Tensor:
     if not layout.text_tokens:
         return order
     if use_kernels(order):
-        from .kernels.permute import text_last
+        from ..kernels.permute import text_last
 
         return text_last(order, layout.text_before, layout.text_after)
     text = layout.video_last_order(order.device)[: layout.text_tokens]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from ..schedule import StepInfo
 from .records import CallRecord, OfACall, call_of, first_kept
-from .schedule import StepInfo
 from .timing import Span
 
 KEPT_PENDING = 40_000

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .groups import group_product
-from .heads import ALL_HEADS, HeadShare
+from ..groups import group_product
+from ..heads import ALL_HEADS, HeadShare
 
 CHUNK_BYTES = 2**28  # keys, values and scores of so many heads at a time
 

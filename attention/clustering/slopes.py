@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from .groups import group_product
-from .own_kernels import use_kernels
-from .plan import BlockPlan, permute
+from ..groups import group_product
+from ..own_kernels import use_kernels
+from ..plan import BlockPlan, permute
 
 ROWS = 64  # queries of a tile at a time, of at most 512 bytes each
 NUMBERS = 2**26  # held at once in float32, over the heads that are worked on together
@@ -85,7 +85,7 @@ def add_slopes(
         `[B, H, N, D]` in the dtype and memory layout of `out`.
     """
     if use_kernels(x):
-        from .kernels import slopes
+        from ..kernels import slopes
 
         return slopes.add_slopes(out, x, slope, centre, start, length, tile, order, rows)
     (batch, heads, tokens, dim), tiles = x.shape, slope.shape[2]

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from plans import untrained
 
 from vidaccel import SLA, SVG, SVG2, VSA, DenseSchedule, Radial, Sparge, SparseAttention, Tangent, VideoLayout
-from vidaccel.attention import METHODS, RandomBlocks, StepInfo, meter
-from vidaccel.attention.meter import relative_error, sample_rows
+from vidaccel.attention import METHODS, RandomBlocks, StepInfo
+from vidaccel.attention.account import meter
+from vidaccel.attention.account.meter import relative_error, sample_rows
 
 LAYOUT = VideoLayout(5, 8, 8)
 WITH_TEXT = VideoLayout(4, 6, 7, text_before=3, text_after=9)

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from ..groups import group_product
+from ..own_kernels import use_kernels
+from ..plan import permute
 from .clusters import Clusters, in_order, with_order
-from .groups import group_product
-from .own_kernels import use_kernels
-from .plan import permute
 from .probe import heads_at_once
 
 # Tokens of a cluster that its covariances are estimated from. Of clusters of 51 tokens on average (the demo model at
@@ -103,7 +103,7 @@ def deviations(x: torch.Tensor, clusters: Clusters, dtype: torch.dtype) -> torch
     """
     order = in_order(clusters)
     if use_kernels(x):
-        from .kernels import sample
+        from ..kernels import sample
 
         return sample.deviations(x, order, clusters.sizes, clusters.means, SAMPLE, dtype)
     sizes = clusters.sizes.unsqueeze(-1)

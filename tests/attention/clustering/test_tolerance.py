@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from clustered_tokens import FEW, LAYOUT, WITH_TEXT, clustered
 
-import vidaccel.attention.tolerance as TOLERANCE
+import vidaccel.attention.clustering.tolerance as TOLERANCE
 from vidaccel import Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
+from vidaccel.attention.clustering.tolerance import FALL, falling_slowly, within
 from vidaccel.attention.groups import dense_attention
-from vidaccel.attention.tolerance import FALL, falling_slowly, within
 
 
 @pytest.fixture

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import torch
 
+from ..account.meter import sample_rows
+from ..groups import by_group, by_head, group_product
+from ..heads import HeadShare
+from ..plan import permute
+from ..skipped import SkippedClusters
 from .clusters import Clusters, in_order
-from .groups import by_group, by_head, group_product
-from .heads import HeadShare
-from .meter import sample_rows
-from .plan import permute
 from .probe import probe
-from .skipped import SkippedClusters
 
 ROWS, OF_LAYER = 32, 512  # queries that are measured, the most of each head, and of many heads together
 FIRST_ROUNDS, LATER_ROUNDS = 6, 4  # of search, from nothing and from what the call before came to

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .own_kernels import use_kernels
-from .rows import token_rows
-from .threads import each
+from ..own_kernels import use_kernels
+from ..rows import token_rows
+from ..threads import each
 
 CHUNK = 2048  # tokens whose distances are held at once; all of them would be N x C numbers for each head
 GPU_DISTANCES = 2**27  # distances held at once on a GPU, over all heads: half a GiB
@@ -74,8 +74,8 @@ def kmeans(
         picks = torch.linspace(0, tokens - 1, clusters, device=x.device).round().long()
         centroids = x[:, :, picks]
     if implementation == "triton" or (implementation == "auto" and use_kernels(x)):
-        from .kernels.kmeans import assign as nearest
-        from .kernels.kmeans import in_clusters, means_of
+        from ..kernels.kmeans import assign as nearest
+        from ..kernels.kmeans import in_clusters, means_of
 
         for _ in range(iterations):
             labels = nearest(x, mean, centroids)

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vidaccel.attention.kmeans import assign, cluster_sizes, kmeans, update
-from vidaccel.attention.labels import sort_labels
+from vidaccel.attention.clustering.kmeans import assign, cluster_sizes, kmeans, update
+from vidaccel.attention.clustering.labels import sort_labels
 
 
 def blobs(offset: float = 0.0, dtype: torch.dtype = torch.float32):

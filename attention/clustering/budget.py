@@ -6,9 +6,9 @@ import functools
 
 import torch
 
+from ..heads import HeadShare
+from ..layout import VideoLayout
 from .clusters import Clusters, spend
-from .heads import HeadShare
-from .layout import VideoLayout
 
 
 class Budget:
