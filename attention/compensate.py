@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from .merge import attend_scores
-from .plan import BlockPlan, permute, unpermute
+from .orders import permute, unpermute
+from .plan import BlockPlan
 
 SCORES = 2**26  # scores held at once, over all heads: a quarter of a GiB
 ROWS = 64  # queries of a tile that share its own keys at once

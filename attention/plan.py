@@ -10,8 +10,8 @@ import torch
 
 from .gradients import normal_tensors
 from .groups import repeat_heads
+from .orders import invert
 from .plan_checks import check_promises, check_shapes
-from .rows import token_rows
 from .runs import FEW_RUNS, cut_segments, expand_runs, merge_segments, starts_of
 from .skipped import SkippedClusters
 
@@ -392,31 +392,6 @@ class BlockPlan:
         tensors = (*(getattr(self, name) for name in TENSORS), *(self.selection or ()), *tables, numbers)
         found = any(x is not None and x.is_inference() for x in tensors) or any(plan._of_inference for plan in plans)
         object.__setattr__(self, "_of_inference", found)
-
-
-def permute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of `x [B, H, N, ...]` in `order [1|B, 1|H, R]`, all or some of them; `None` leaves them.
-
-    Where the order has more heads than x, x is repeated for them (`groups.repeat_heads`), in the same pass; and the
-    order, where x has more.
-    """
-    if order is None:
-        return x
-    heads = max(x.shape[1], order.shape[1])
-    rows, first, step = token_rows(x)
-    flat = (repeat_heads(order, heads) * step + repeat_heads(first, heads)).flatten()
-    return rows.index_select(0, flat).view(x.shape[0], heads, order.shape[-1], *x.shape[3:])
-
-
-def unpermute(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """Undo `permute`."""
-    return x if order is None else permute(x, invert(order))
-
-
-def invert(order: torch.Tensor) -> torch.Tensor:
-    """The inverse permutation along the last dimension."""
-    positions = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
-    return torch.empty_like(order).scatter_(-1, order, positions)
 
 
 def _block_sizes(length: int, block: int, device: torch.device) -> torch.Tensor:

@@ -87,7 +87,7 @@ def reconstruction(pipes: dict, clips: int, bits_a_value: Sequence[int], size: i
 def speed(pipes: dict, rounds: int, steps: int, size: int) -> list[dict]:
     """Seconds a step and of decoding, the models in turns: median, lowest and highest of runs of half the steps."""
     from vidaccel.demo import modeling
-    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.models.inspected import inspect_model
     from vidaccel.generation.requests.settings import Settings
     from vidaccel.generation.run import make_video
 

@@ -102,7 +102,7 @@ def run(name: str, title: str, about: str, rows: Mapping[str, Row], plain: str, 
     """
     import torch
 
-    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.models.inspected import inspect_model
     from vidaccel.generation.run import load
 
     torch.set_num_threads(1)

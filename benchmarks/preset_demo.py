@@ -38,7 +38,7 @@ def made(pipe: Any, location: str, preset: Any, number: int, size: dict[str, int
 
     import vidaccel
     from vidaccel.demo.checker import check
-    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.models.inspected import inspect_model
     from vidaccel.generation.requests.settings import Settings
     from vidaccel.generation.run import run, warm_up
 
@@ -104,7 +104,7 @@ def main(
     """Measure, and write preset_demo.jsonl (prompt by prompt), preset_demo.csv and preset_demo.md."""
     import torch
 
-    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.models.inspected import inspect_model
     from vidaccel.generation.run import load
 
     torch.set_num_threads(1)

@@ -117,7 +117,7 @@ def find(work: Path, confirm: int, found: dict[str, dict[str, Any]]) -> dict[str
 def measure(work: Path, found: dict[str, dict[str, Any]], count: int) -> dict[str, list[dict[str, Any]]]:
     """Row -> of each prompt its PSNR, CPU-seconds, and passes."""
     from vidaccel import Preset, apply, demo
-    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.models.inspected import inspect_model
     from vidaccel.generation.report.comparison import compare
     from vidaccel.generation.requests.settings import Settings
     from vidaccel.generation.run import run, warm_up

@@ -64,7 +64,8 @@ def methods_command(
 def _print_families() -> None:
     from rich.table import Table
 
-    from ..pipelines.acceleration.families import NOT_SERVED, support_rows
+    from ..pipelines.acceleration.families import NOT_SERVED
+    from ..pipelines.acceleration.support import support_rows
 
     shown = console()
     # One below the other: side by side, names of pipelines would be cut to what is the same in all of them.
@@ -153,7 +154,7 @@ def _print_forecast(
 
     from ..generation.forecast import forecast
     from ..generation.machine import choose_dtype
-    from ..generation.models.facts import inspect_model
+    from ..generation.models.inspected import inspect_model
     from ..generation.models.single_file import whole_model
     from ..generation.requests.pipeline_options import check_options
     from ..generation.requests.settings import Settings

@@ -48,7 +48,8 @@ from .machine import (
     choose_device,
     choose_dtype,
 )
-from .models.facts import ModelFacts, inspect_model, inspect_pipeline, variant
+from .models.facts import ModelFacts
+from .models.inspected import inspect_model, inspect_pipeline, variant
 from .models.single_file import whole_model
 from .processes import ALONE, NOTHING, Process, Sharing, check_count, share_out
 from .report.comparison import check_comparable

@@ -219,7 +219,7 @@ def _unshared_guidance(facts: ModelFacts, settings: Settings, one_pass: bool, be
 
 def _unshared_sequence(facts: ModelFacts, beside: Preset | None) -> str:
     """Why processes cannot share a sequence; "" where they can."""
-    from ..pipelines.acceleration.families import unshared_sequence
+    from ..pipelines.acceleration.support import unshared_sequence
     from ..pipelines.presets.levers import unshared_cache
 
     # The weights of an adapter alone do not say which class they are for.

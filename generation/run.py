@@ -18,7 +18,8 @@ from .errors import BadInput, worded
 from .levers.presets import refusals
 from .machine import synchronise
 from .media.sound import Sound
-from .models.facts import ModelFacts, check_packages
+from .models.facts import ModelFacts
+from .models.inspected import check_packages
 from .models.scheduler_noise import seeded
 from .report.comparison import GeneratedVideo
 from .requests.pipeline_options import refusals as refused_options

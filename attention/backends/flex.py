@@ -12,7 +12,8 @@ import torch
 
 from .. import code_generator
 from ..block_mask import to_block_mask
-from ..plan import BlockPlan, permute, unpermute
+from ..orders import permute, unpermute
+from ..plan import BlockPlan
 from .base import Backend, Capability, Precision
 
 logger = logging.getLogger(__name__)

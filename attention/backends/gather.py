@@ -15,7 +15,8 @@ from ..clustering.slopes import follow_in_tile
 from ..gradients import wants_gradient
 from ..groups import by_group, by_head, dense_attention, repeat_heads
 from ..merge import attend_scores
-from ..plan import BlockPlan, permute, unpermute
+from ..orders import permute, unpermute
+from ..plan import BlockPlan
 from ..rows import token_rows
 from ..threads import each
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast

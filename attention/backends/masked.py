@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from ..compensate import attend_skipped
 from ..groups import repeat_heads
 from ..merge import attend_scores, merge
-from ..plan import BlockPlan, invert
+from ..orders import invert
+from ..plan import BlockPlan
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 
 BIASES = 2**22  # numbers of the mask held at once: what the processor's cache can hold, more or less

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..groups import group_product
-from ..plan import BlockPlan, permute, unpermute
+from ..orders import permute, unpermute
+from ..plan import BlockPlan
 from ..runs import expand_runs
 from .base import ANY_HEAD_DIM, EVERYWHERE, Backend, Capability, without_autocast
 

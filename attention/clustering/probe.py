@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from ..groups import by_group, by_head
+from ..orders import permute
 from ..own_kernels import use_kernels
-from ..plan import permute
 from ..rows import token_rows
 from ..runs import cut_segments
 from ..threads import each

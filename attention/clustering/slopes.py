@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from ..groups import group_product
+from ..orders import permute
 from ..own_kernels import use_kernels
-from ..plan import BlockPlan, permute
+from ..plan import BlockPlan
 
 ROWS = 64  # queries of a tile at a time, of at most 512 bytes each
 NUMBERS = 2**26  # held at once in float32, over the heads that are worked on together

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from ..groups import group_product
+from ..orders import permute
 from ..own_kernels import use_kernels
-from ..plan import permute
 from .clusters import Clusters, in_order, with_order
 from .probe import heads_at_once
 

@@ -9,7 +9,7 @@ import torch
 from ..account.meter import sample_rows
 from ..groups import by_group, by_head, group_product
 from ..heads import HeadShare
-from ..plan import permute
+from ..orders import permute
 from ..skipped import SkippedClusters
 from .clusters import Clusters, in_order
 from .probe import probe

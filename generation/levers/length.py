@@ -34,7 +34,7 @@ def built_in_lora(model: object, frames: int | None, asked: bool) -> tuple[tuple
     """
     from ... import demo
     from ...pipelines.loras.files import LoraFile
-    from ..models.facts import inspect_model
+    from ..models.inspected import inspect_model
 
     if model != demo.WAN or asked or not isinstance(frames, int):
         return (), ""

@@ -202,7 +202,7 @@ def long_steps(
     import torch
 
     from ... import demo
-    from ..models.facts import inspect_model
+    from ..models.inspected import inspect_model
     from ..run import load
 
     facts = inspect_model(demo.WAN)

@@ -17,7 +17,7 @@ from ..errors import BadInput, mention
 from ..job import Job
 from ..levers.methods import DEFAULT_METHOD
 from ..machine import check_runs, choose_device, choose_dtype, environment
-from ..models.facts import inspect_model
+from ..models.inspected import inspect_model
 from ..models.schedulers import changed_scheduler, scheduler_words, stated
 from ..models.single_file import whole_model
 from ..requests.prompts import in_words, unknown_note

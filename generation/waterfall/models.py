@@ -9,7 +9,8 @@ from typing import Any
 from ..calls import check_untouched, dtype_of
 from ..levers.presets import LEVERS, refusals
 from ..machine import choose_device, choose_dtype
-from ..models.facts import ModelFacts, inspect_model, inspect_pipeline
+from ..models.facts import ModelFacts
+from ..models.inspected import inspect_model, inspect_pipeline
 from ..requests.filled import said_of_preset
 from ..requests.settings import Settings
 from ..run import load

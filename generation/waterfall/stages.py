@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput
 from ..levers.guidance import own_adapters
-from ..models.facts import inspect_model
+from ..models.inspected import inspect_model
 
 if TYPE_CHECKING:
     from ...pipelines.presets import Preset

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ... import demo
-from ...generation.models.facts import inspect_model
+from ...generation.models.inspected import inspect_model
 from ...pipelines.length.rotary import RiflexHandle, no_riflex, riflex
 from ...pipelines.length.settings import Riflex
 from ...pipelines.length.trained import RECIPE, TrainedLength, facts_of_length

@@ -26,7 +26,8 @@ from ...generation.levers.guidance import (
 from ...generation.levers.length import check_bases, check_trained, chosen_riflex, roped, trained_lengths
 from ...generation.levers.lora_fit import trained_elsewhere
 from ...generation.machine import check_runs, choose_dtype
-from ...generation.models.facts import ModelFacts, inspect_model
+from ...generation.models.facts import ModelFacts
+from ...generation.models.inspected import inspect_model
 from ...generation.models.places import DEMOS
 from ...generation.packages import lacking
 from ...generation.requests.settings import Settings

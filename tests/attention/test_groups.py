@@ -26,7 +26,7 @@ from vidaccel.attention import METHODS, PlanMemory, StepInfo
 from vidaccel.attention.account.meter import relative_error, sample_rows
 from vidaccel.attention.clustering import probe as probes
 from vidaccel.attention.groups import by_group, by_head, dense_attention, group_product, repeat_heads
-from vidaccel.attention.plan import permute
+from vidaccel.attention.orders import permute
 from vidaccel.attention.skipped import SkippedClusters
 
 B, H, N, D = 2, 6, 90, 16

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vidaccel.attention.clustering.kmeans import update
-from vidaccel.attention.plan import permute
+from vidaccel.attention.orders import permute
 from vidaccel.attention.rows import token_rows
 
 

@@ -11,7 +11,7 @@ import torch
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.media.video_reader import read_video
-from vidaccel.generation.models.facts import DEFAULTS_FILE, inspect_model
+from vidaccel.generation.models.inspected import DEFAULTS_FILE, inspect_model
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.lora.adapters.adapter import AdaptedModel, save_adapter
 from vidaccel.pipelines.deep_compression import adapted, adapter_folder

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vidaccel import demo
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.pipelines.deep_compression.adapter_folder import AdapterError, read_facts
 
 

@@ -226,7 +226,7 @@ def test_a_run_with_sparse_steps_has_no_such_line(vidaccel, tiny_model, tmp_path
 
 def test_defaults_of_a_real_model(tiny_configs):
     """Frames, size, steps and guidance come from the pipeline's own signature."""
-    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.models.inspected import inspect_model
     from vidaccel.generation.requests.settings import Settings
 
     settings = Settings("a dot", steps=7).checked(inspect_model(str(tiny_configs)))

@@ -12,7 +12,8 @@ import torch
 from vidaccel.attention import METHODS
 from vidaccel.attention.backends import BACKENDS
 from vidaccel.generation.levers.methods import MIN_SPARSE_TOKENS
-from vidaccel.pipelines.acceleration.families import NOT_SERVED, support_rows
+from vidaccel.pipelines.acceleration.families import NOT_SERVED
+from vidaccel.pipelines.acceleration.support import support_rows
 
 
 def _words(text: str) -> str:

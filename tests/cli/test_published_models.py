@@ -9,7 +9,7 @@ from tiny_dc import make_picture, write_published
 from vidaccel.autoencoders import AutoencoderDCV
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.media.video_reader import read_video
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.pipelines import DCVideoGenImageToVideoPipeline, DCVideoGenPipeline
 
 WHOLE, ALONE = "nvidia/DC-VideoGen-Wan2.1-14B", "dc-ai/DC-Gen-Wan2.1-T2V-14B"

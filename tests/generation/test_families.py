@@ -22,7 +22,7 @@ import vidaccel
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.forecast import forecast
 from vidaccel.generation.job import Sparse, prepare
-from vidaccel.generation.models.facts import inspect_model, inspect_pipeline
+from vidaccel.generation.models.inspected import inspect_model, inspect_pipeline
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.run import load, run
 

@@ -13,7 +13,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from vidaccel import GuidanceCache, Preset
 from vidaccel.generation import crew
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.generation.processes import Process, Sharing, check_count, share_out
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.pipelines.presets import Cache, Compile

@@ -13,7 +13,7 @@ from PIL import Image
 
 import vidaccel
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.rows import NOT_RUN, ROWS, find_row
 from vidaccel.generation.rows.frames import nearest

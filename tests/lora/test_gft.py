@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import vidaccel
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.distributed.generators import Generators, Place

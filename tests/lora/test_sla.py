@@ -18,7 +18,7 @@ import vidaccel
 from vidaccel import SLA
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.levers.adapter_places import model_note
-from vidaccel.generation.models.facts import DEFAULTS_FILE, inspect_model
+from vidaccel.generation.models.inspected import DEFAULTS_FILE, inspect_model
 from vidaccel.lora import run
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.distributed.generators import Generators, Place

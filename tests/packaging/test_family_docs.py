@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from vidaccel.pipelines.acceleration.families import NOT_SERVED, support_rows
+from vidaccel.pipelines.acceleration.families import NOT_SERVED
+from vidaccel.pipelines.acceleration.support import support_rows
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "families.md"

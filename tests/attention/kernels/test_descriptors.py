@@ -18,7 +18,8 @@ from vidaccel.attention import PlanMemory
 from vidaccel.attention.kernels.block_sparse_forward import FORWARD_TILES, forward_tiles, launch_forward, results
 from vidaccel.attention.kernels.descriptors import describe
 from vidaccel.attention.kernels.launch import LOG2E, Tiles
-from vidaccel.attention.plan import BlockPlan, permute
+from vidaccel.attention.orders import permute
+from vidaccel.attention.plan import BlockPlan
 
 TILES = Tiles(16, 32, 4, 2, tail=16, described=True)
 

@@ -12,7 +12,7 @@ from vidaccel import Tangent, VideoLayout, sparse_attention
 from vidaccel.attention import PlanMemory
 from vidaccel.attention.backends.base import Precision
 from vidaccel.attention.backends.triton import TritonBackend
-from vidaccel.attention.plan import permute
+from vidaccel.attention.orders import permute
 from vidaccel.attention.skipped import SkippedClusters
 
 pytest.importorskip("triton")

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from vidaccel.attention.kernels.permute import permute_rows
 from vidaccel.attention.kernels.runs import cut_clusters, cut_segments, merge_segments
-from vidaccel.attention.plan import permute
+from vidaccel.attention.orders import permute
 from vidaccel.attention.runs import cut_segments as cut_in_torch
 from vidaccel.attention.runs import merge_segments as merge_in_torch
 

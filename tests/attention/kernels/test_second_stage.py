@@ -18,7 +18,7 @@ from vidaccel.attention import BACKENDS, PlanMemory, SparseAttention, StepInfo
 from vidaccel.attention.kernels.block_sparse_forward import forward_tiles, launch_forward, results
 from vidaccel.attention.kernels.block_sparse_int8 import int8_tiles
 from vidaccel.attention.kernels.launch import LOG2E, Tiles
-from vidaccel.attention.plan import unpermute
+from vidaccel.attention.orders import unpermute
 from vidaccel.generation.errors import BadInput
 
 ON_GPU = 12

@@ -22,7 +22,7 @@ from vidaccel.generation.errors import BadInput, worded
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.levers.lora_fit import trained_elsewhere
 from vidaccel.generation.levers.loras import attach, lora_files
-from vidaccel.generation.models.facts import inspect_model, inspect_pipeline
+from vidaccel.generation.models.inspected import inspect_model, inspect_pipeline
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.lora.adapters.lora_file import save_lora
 from vidaccel.lora.backbones.wan_own import WanModel

@@ -21,7 +21,7 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.job import Sparse, prepare
 from vidaccel.generation.levers.presets import other_model_note
 from vidaccel.generation.machine import environment
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.generation.report.page import write_report
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.run import run, warm_up
@@ -360,7 +360,7 @@ def test_precision_beside_a_cache(pipe):
 
 def test_layers_in_8_bits_are_not_offloaded_by_blocks():
     from vidaccel.generation.levers.presets import check_beside, with_levers
-    from vidaccel.generation.models.facts import inspect_model
+    from vidaccel.generation.models.inspected import inspect_model
     from vidaccel.generation.requests.settings import Settings
 
     preset, facts = with_levers(None, quantize="int8"), inspect_model("demo")

@@ -11,7 +11,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 import vidaccel
 from vidaccel import Preset, demo
-from vidaccel.generation.models.facts import inspect_pipeline
+from vidaccel.generation.models.inspected import inspect_pipeline
 from vidaccel.generation.models.scheduler_noise import seeded
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.tuning.trajectory import probe, record

@@ -17,7 +17,7 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.media.pictures import fit_picture
 from vidaccel.generation.media.video import encoder, write_mp4
 from vidaccel.generation.media.video_reader import read_video
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.generation.requests.inputs import open_picture, open_video
 from vidaccel.generation.requests.settings import Settings
 

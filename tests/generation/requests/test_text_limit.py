@@ -13,7 +13,7 @@ from diffusers import WanPipeline
 
 import vidaccel
 from vidaccel import demo
-from vidaccel.generation.models.facts import inspect_pipeline
+from vidaccel.generation.models.inspected import inspect_pipeline
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.requests.text_limit import reading
 from vidaccel.generation.run import run

@@ -12,7 +12,7 @@ from families.ltx import ltx
 import vidaccel
 from vidaccel import DenseSchedule, GuidanceCache, Preset, Tangent, demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.models.facts import inspect_pipeline
+from vidaccel.generation.models.inspected import inspect_pipeline
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.tuning.budget import Budget
 from vidaccel.generation.tuning.plan import planned

@@ -30,7 +30,7 @@ from vidaccel import SVG2, DenseSchedule, Preset, demo
 from vidaccel.attention.call_checks import NotFinite
 from vidaccel.generation.alone import LOCK, OWNER, alone
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.models.facts import inspect_pipeline
+from vidaccel.generation.models.inspected import inspect_pipeline
 from vidaccel.generation.models.schedulers import changed_scheduler, scheduler_words, stated, stated_in_files
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.tuning import bench, space

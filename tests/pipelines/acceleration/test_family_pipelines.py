@@ -18,7 +18,7 @@ from PIL import Image
 
 from vidaccel import SVG2, DenseSchedule, Radial, SparseAttention, accelerate
 from vidaccel.generation.calls import as_class, call_arguments, row_of
-from vidaccel.generation.models.facts import inspect_pipeline
+from vidaccel.generation.models.inspected import inspect_pipeline
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.rows import NOT_RUN as NOT_GENERATED
 from vidaccel.pipelines import FAMILIES, supported_pipelines

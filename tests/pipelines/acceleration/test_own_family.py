@@ -11,8 +11,8 @@ from diffusers.models.attention_processor import Attention
 from vidaccel import DenseSchedule, VideoLayout, accelerate
 from vidaccel.attention import RandomBlocks
 from vidaccel.pipelines import FAMILIES, Family, find_transformers
-from vidaccel.pipelines.acceleration.families import support_rows, unshared_sequence
 from vidaccel.pipelines.acceleration.layouts import video_alone
+from vidaccel.pipelines.acceleration.support import support_rows, unshared_sequence
 
 SITES = ("blocks.*.attn1",)
 

@@ -13,8 +13,8 @@ from tiny_families import BUILDERS
 from tiny_families import build as build_family
 
 from vidaccel import accelerate
-from vidaccel.pipelines.acceleration.families import support_rows
 from vidaccel.pipelines.acceleration.rank_heads import assign
+from vidaccel.pipelines.acceleration.support import support_rows
 
 SCRIPT = Path(__file__).with_name("ulysses_processes.py")
 RANKS = 2

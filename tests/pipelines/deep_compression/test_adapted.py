@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapter import TINY, write_adapter
 
 from vidaccel import AutoencoderDCV, DCGenPipeline, DCVideoGenImageToVideoPipeline, DCVideoGenPipeline, demo
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.lora.backbones import open_model
 from vidaccel.lora.config import ConfigError
 from vidaccel.pipelines.deep_compression.adapter_folder import (

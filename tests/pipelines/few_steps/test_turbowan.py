@@ -15,7 +15,7 @@ from turbowan_files import LAYOUTS, SIZES, in_layout, own_weights, published_sha
 
 from vidaccel import RCMScheduler, accelerate
 from vidaccel.autoencoders.checkpoint_file import CheckpointError
-from vidaccel.generation.models.facts import DEFAULTS_FILE
+from vidaccel.generation.models.inspected import DEFAULTS_FILE
 from vidaccel.pipelines.acceleration.sla_weights import read_config, read_projections
 from vidaccel.pipelines.deep_compression.published_files import LayoutError
 from vidaccel.pipelines.few_steps import turbowan

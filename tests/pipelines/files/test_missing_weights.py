@@ -9,7 +9,7 @@ import pytest
 
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
-from vidaccel.generation.models.facts import inspect_model
+from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.generation.run import load
 from vidaccel.pipelines.files.missing_weights import missing_weights
 
