@@ -27,11 +27,23 @@ def wants_gradient(*tensors: torch.Tensor) -> bool:
 
 def may_have_gradients(module: torch.nn.Module, given: Any) -> bool:
     """Whether a forward pass of a module may have a backward pass: gradients are recorded, and a parameter or a tensor
-    of what it is given, in whatever containers, wants one."""
+    of what it is given, in whatever containers, wants one; or a layer has a `forward` or hook of somebody else's, whose
+    parameters are not the module's."""
     if not torch.is_grad_enabled():
         return False
     leaves = (x for x in tree_leaves(given) if isinstance(x, torch.Tensor))
-    return any(x.requires_grad for x in itertools.chain(module.parameters(), leaves))
+    if any(x.requires_grad for x in itertools.chain(module.parameters(), leaves)):
+        return True
+    return any(_is_replaced(part) for part in module.modules())
+
+
+def _is_replaced(part: torch.nn.Module) -> bool:
+    """Whether a module computes something else than its class says, as where a trainer puts a LoRA around it (kohya's
+    set `forward`). Hooks of diffusers and accelerate replace it, too, and have no parameters."""
+    if hasattr(part, "_hf_hook") or hasattr(part, "_diffusers_hook"):
+        return False
+    is_leaf = next(part.children(), None) is None
+    return "forward" in part.__dict__ or (is_leaf and bool(part._forward_hooks))
 
 
 def transform_of(*tensors: torch.Tensor) -> str | None:

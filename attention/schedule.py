@@ -84,7 +84,9 @@ class DenseSchedule:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ValueError(f"DenseSchedule.{name} is {value!r}: a noise level is a number from 0 to 1.")
+                raise ValueError(
+                    f"DenseSchedule.{name} is {value!r}: a noise level is a number from 0 to 1.{of_python(value)}"
+                )
 
     @property
     def needs_num_steps(self) -> bool:

@@ -17,8 +17,10 @@ import torch
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
+_MOST_POOLS = 2
 _pools: dict[int, ThreadPoolExecutor] = {}
-"""By how many threads they have: another thread of the user's may have set torch to another number."""
+"""By how many threads they have, the last used one last: another thread of the user's may have set torch to another
+number."""
 _starting = threading.Lock()
 
 
@@ -52,7 +54,9 @@ def each(work: Callable[[Piece], Result], pieces: Sequence[Piece], *, small: boo
                     return
                 results[place] = work(pieces[place])
 
-    jobs = [_threads(torch.get_num_threads()).submit(some) for _ in range(1 if small else threads)]
+    with _starting:  # the threads may not go before they have it
+        pool = _threads(torch.get_num_threads())
+        jobs = [pool.submit(some) for _ in range(1 if small else threads)]
     errors = [error for job in jobs if (error := job.exception()) is not None]
     if errors:
         raise errors[0]
@@ -65,25 +69,31 @@ def _may_leave_thread() -> bool:
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
-    """Threads of which each has one core for its operations."""
-    with _starting:
-        if count not in _pools:
-            ready = threading.Barrier(count + 1)
+    """Threads of which each has one core for its operations. To be called, and given work, with `_starting` held."""
+    if (pool := _pools.pop(count, None)) is None:
+        if len(_pools) == _MOST_POOLS:
+            _pools.pop(next(iter(_pools))).shutdown(wait=False)  # what they have is still worked on
+        pool = _begun(count)
+    _pools[count] = pool
+    return pool
 
-            def one_core() -> None:
-                # The first call sets what torch is set to, so the second one counts. It also sets what threads to come
-                # begin with, hence the third, below.
-                torch.get_num_threads()
-                torch.set_num_threads(1)
-                ready.wait()
 
-            executor = ThreadPoolExecutor(count, "vidaccel")
-            for _ in range(count):
-                executor.submit(one_core)
-            ready.wait()
-            torch.set_num_threads(count)
-            _pools[count] = executor
-        return _pools[count]
+def _begun(count: int) -> ThreadPoolExecutor:
+    ready = threading.Barrier(count + 1)
+
+    def one_core() -> None:
+        # The first call sets what torch is set to, so the second one counts. It also sets what threads to come
+        # begin with, hence the third, below.
+        torch.get_num_threads()
+        torch.set_num_threads(1)
+        ready.wait()
+
+    executor = ThreadPoolExecutor(count, "vidaccel")
+    for _ in range(count):
+        executor.submit(one_core)
+    ready.wait()
+    torch.set_num_threads(count)
+    return executor
 
 
 def _forget() -> None:

@@ -58,7 +58,7 @@ def method_settings(texts: list[str]) -> dict[str, dict[str, Any]]:
             )
         if field in found.setdefault(method, {}):
             raise BadInput("settings", TWICE, value=f"{method}.{field}")
-        found[method][field] = _value(value.strip())
+        found[method][field] = tuple(read) if isinstance(read := _value(value.strip()), list) else read
     return found
 
 
@@ -76,15 +76,13 @@ def pipeline_arguments(texts: list[str]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
-    """A number, tuple, True, False or None as Python writes them or in small letters; else a bare word. Lists, as YAML
-    has them, are tuples."""
+    """A number, tuple, list, True, False or None as Python writes them or in small letters; else a bare word."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     try:
-        value = ast.literal_eval(text)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text  # as in rule=published
-    return tuple(value) if isinstance(value, list) else value
 
 
 def offloading(parts: bool, blocks: bool) -> bool | str:

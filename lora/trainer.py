@@ -20,6 +20,7 @@ import torch
 from ..generation.alone import alone
 from ..generation.errors import BadInput
 from ..generation.outputs import check_writable
+from ..pipelines.errors import first_line
 from ..pipelines.files.run_folder import RESULTS, SETTINGS
 from .checkpoints.begun_from import kept
 from .checkpoints.checkpoint import Checkpoint, CheckpointError, CheckpointFolder
@@ -170,7 +171,8 @@ class Trainer:
                 if not self.process.is_lost(error):
                     raise
                 raise ProcessLost(
-                    f"another process of the run has ended, and its own output says why; {self._how_to_go_on()}"
+                    f"another process of the run has ended, and its own output says why (here: {first_line(error)}); "
+                    f"{self._how_to_go_on()}"
                 ) from error
             finally:
                 self.process.progress.close()

@@ -249,7 +249,7 @@ def check_count(owner: str, name: str, value: int, least: int) -> None:
 def check_seed(owner: str, seed: int) -> None:
     """Raise a `ValueError` unless a seed is a whole number that torch takes."""
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
-        raise ValueError(f"{owner} seed is {seed!r}: it must be a whole number of 64 bits, such as 0.")
+        raise ValueError(f"{owner} seed is {seed!r}: it must be a whole number of 64 bits, such as 0.{of_python(seed)}")
 
 
 def check_undecided(owner: str, density: float, settings: Mapping[str, Any], *names: str) -> None:

@@ -19,6 +19,7 @@ from typing import ClassVar
 
 import torch
 
+from ..account.plain_values import of_python
 from ..layout import VideoLayout
 from ..plan import BlockPlan
 from ..schedule import DenseSchedule
@@ -100,12 +101,12 @@ class Radial(Method):
         if not is_number(self.decay) or self.decay <= 0:
             raise ValueError(
                 f"Radial decay is {self.decay!r}: it must be a finite number above 0; 0.2 is published for Wan 2.1, "
-                "1 for long videos."
+                f"1 for long videos.{of_python(self.decay)}"
             )
         if not is_number(self.min_window) or self.min_window < 0:
             raise ValueError(
                 f"Radial min_window is {self.min_window!r}: it must be a finite number of blocks, 0 or more; "
-                "1 is published."
+                f"1 is published.{of_python(self.min_window)}"
             )
         if not isinstance(self.sink, bool):
             check_count("Radial", "sink", self.sink, 0)

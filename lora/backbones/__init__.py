@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...generation.models.files import folder_reader
+from ...generation.models.places import no_pipeline
 from ...generation.rows import find_row
 from ...pipelines.deep_compression.adapter_folder import AdapterError, is_adapter, is_of_pictures, read_facts
+from ...pipelines.files.missing_weights import missing_weights
 from ..config import ConfigError
 from ..named_class import Row, named_class
 from .base import Backbone, ModelOptions, OwnModel
@@ -103,5 +106,10 @@ def _stated_class(base: str) -> str:
     try:
         name = DiffusionPipeline.load_config(base)["_class_name"]
     except (OSError, ValueError) as error:
+        if Path(base).is_dir() and not (Path(base) / "model_index.json").exists():
+            problem, fix = no_pipeline(folder_reader(Path(base)))
+            raise ConfigError(f"model.base: {base}: {problem}. {fix}") from error
         raise ConfigError(f"model.base: {base} has no readable model_index.json: {error}") from error
+    if lacking := missing_weights(base):
+        raise ConfigError(f"model.base: {base} is not whole: {lacking}. Download it again.")
     return name[-1] if isinstance(name, list) else name

@@ -19,6 +19,9 @@ T = TypeVar("T")
 WAIT = timedelta(hours=12)
 """How long processes wait for one another: while one encodes clips or writes results, the others may wait for hours."""
 
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "ncclRemoteError")
+"""In errors of gloo and NCCL, where the other end of a connection is gone."""
+
 
 class ProcessLost(ConnectionError):
     """Another process of the run has ended; the message says how to go on."""
@@ -51,8 +54,9 @@ class Process:
 
     def is_lost(self, error: RuntimeError) -> bool:
         """Whether an error says that the connection to another process was lost, within whatever was exchanged."""
-        of_connections = isinstance(error, torch.distributed.DistNetworkError | torch.distributed.DistBackendError)
-        return self.count > 1 and (of_connections or "gloo" in str(error))
+        if self.count == 1:
+            return False
+        return isinstance(error, torch.distributed.DistNetworkError) or any(text in str(error) for text in _LOST)
 
     def wait(self) -> None:
         """Wait until every process is here. A signal is taken meanwhile, which a plain barrier would keep waiting."""

@@ -1,11 +1,12 @@
-"""Whether the folder of a pipeline has all its weights, told before the first of them is read."""
+"""Whether the folder of a pipeline has all its weights, in files that are whole: told before the first is read."""
 
 from __future__ import annotations
 
 import re
+import zipfile
 from pathlib import Path
 
-from ..errors import few_of
+from ..errors import few_of, first_line
 from .plain_content import object_in
 
 _PARTS = re.compile(r"(transformer|vae|text_encoder|image_encoder)(_\d)?")
@@ -15,7 +16,8 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 
 
 def missing_weights(location: str) -> str:
-    """What a pipeline in a folder lacks of the weights of its parts, in words; "" where it is not known to lack any.
+    """What a pipeline in a folder lacks of the weights of its parts, or which of their files is cut off, in words; ""
+    where it is not known to lack any.
 
     Args:
         location: of the pipeline; what is no folder here, such as a hub id, is not looked at.
@@ -27,8 +29,9 @@ def missing_weights(location: str) -> str:
         return ""
     for name, stated in index.items():
         is_part = _PARTS.fullmatch(name) and isinstance(stated, list) and None not in stated
-        if is_part and (folder / name / "config.json").is_file() and (lacking := _lacking(folder / name)):
-            return lacking
+        part = folder / name
+        if is_part and (part / "config.json").is_file() and (told := _lacking(part) or _broken(part)):
+            return told
     return ""
 
 
@@ -50,3 +53,31 @@ def _lacking(part: Path) -> str:
             return ""
         told = f"{part} lacks {few_of(absent)}, which {index.name} names"
     return told
+
+
+def _broken(part: Path) -> str:
+    """Which of the files of a part's weights is none, by its header and length, in words; "" where all are."""
+    for file in sorted(part.iterdir()):
+        if _NAMES.match(file.name) and (why := _fault(file)):
+            return f"{file} is cut off, or no file of weights: {why}"
+    return ""
+
+
+def _fault(file: Path) -> str:
+    """What is wrong with a file of weights; "" where nothing is known to be, as of kinds that are not looked at."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                return ""
+        if file.suffix == ".bin":
+            with file.open("rb") as opened:
+                begins = opened.read(2)
+            # Since torch 1.6 these are archives, whose directory is at their end; older ones are pickles.
+            if begins == b"\x80\x02" or zipfile.is_zipfile(file):
+                return ""
+            return "torch cannot open it"
+    except (OSError, SafetensorError) as error:
+        return first_line(error).rstrip(".")
+    return ""

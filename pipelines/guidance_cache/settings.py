@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ...attention import DenseSchedule
+from ...attention.account.plain_values import of_python
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class GuidanceCache:
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 2:
             raise ValueError(
                 f"GuidanceCache.every is {self.every!r}: one second pass in so many is made, a whole number of at "
-                "least 2."
+                f"least 2.{of_python(self.every)}"
             )
         try:
             DenseSchedule(first_steps=self.first_steps)
@@ -42,7 +43,9 @@ class GuidanceCache:
             raise ValueError(str(error).replace("DenseSchedule", "GuidanceCache")) from None
         value = self.extrapolation
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"GuidanceCache.extrapolation is {value!r}: it must be a number from 0 to 1.")
+            raise ValueError(
+                f"GuidanceCache.extrapolation is {value!r}: it must be a number from 0 to 1.{of_python(value)}"
+            )
         if not 0 <= value <= 1:
             raise ValueError(f"GuidanceCache.extrapolation is {value:g}: it must lie between 0 and 1.")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...attention.account.plain_values import of_python
 from ..forecast.settings import ForecastSettings
 from ..nearest_name import nearest
 from .errors import PresetError
@@ -292,7 +293,7 @@ def check_number(name: str, value: Any, bounds: CacheSetting) -> None:
     kind = "a whole number" if bounds.whole else "a number"
     wanted = int if bounds.whole else int | float
     if isinstance(value, bool) or not isinstance(value, wanted) or not math.isfinite(value):
-        fix = "YAML takes 1e-4 for a text: write 1.0e-4." if isinstance(value, str) else ""
+        fix = "YAML takes 1e-4 for a text: write 1.0e-4." if isinstance(value, str) else of_python(value).strip()
         raise PresetError(name, f"it must be {kind}", fix, value=repr(value))
     if value < bounds.low or (bounds.high is not None and value > bounds.high):
         most = "" if bounds.high is None else f" and at most {bounds.high:g}"

@@ -95,3 +95,17 @@ def test_a_pass_has_a_backward_pass_where_something_wants_a_gradient(wants):
     assert may_have_gradients(layer, {"states": [x], "scale": 1.0}) == (wants != "nothing")
     with torch.no_grad():
         assert not may_have_gradients(layer, {"states": [x]})
+
+
+@pytest.mark.parametrize("how", ["forward", "hook"])
+def test_so_it_may_have_where_a_layer_computes_something_beside_its_own_weights(how):
+    """LoRAs of some trainers are no part of the module: their parameters are not among its own."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2)).requires_grad_(False)
+    assert not may_have_gradients(model, torch.zeros(2))
+    if how == "forward":
+        model[0].forward = lambda x: x
+    else:
+        model[0].register_forward_hook(lambda *_: None)
+    assert may_have_gradients(model, torch.zeros(2))
+    model[0]._hf_hook = object()  # of accelerate, which moves weights
+    assert not may_have_gradients(model, torch.zeros(2))

@@ -188,6 +188,17 @@ def test_words_of_settings():
     }
 
 
+def test_words_of_arguments_of_a_pipeline():
+    """Lists stay lists, for which diffusers' pipelines ask."""
+    from vidaccel.cli.options import pipeline_arguments
+
+    assert pipeline_arguments(["conditioning_scale=[0.5]", "true_cfg_scale=6", "rate=none"]) == {
+        "conditioning_scale": [0.5],
+        "true_cfg_scale": 6,
+        "rate": None,
+    }
+
+
 def test_empty_prompt(vidaccel, tmp_path):
     result = vidaccel("generate", "  ", "--out", tmp_path / "out.mp4")
     assert result.exit_code == 2
@@ -322,7 +333,7 @@ def test_missing_weights(vidaccel, tiny_configs, tmp_path, broken):
     size = ("--frames", 9, "--height", 64, "--width", 64, "--method", "dense")
     result = vidaccel("generate", "a dot", "--model", tiny_configs, "--out", tmp_path / "out.mp4", *size)
     assert result.exit_code == 2
-    assert ("cannot be loaded" if broken else "has no weights beside its config.json") in result.stderr
+    assert ("is cut off, or no file of weights" if broken else "has no weights beside its config.json") in result.stderr
     assert not list(tmp_path.glob("*.mp4"))
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from vidaccel import demo
 from vidaccel.generation.errors import BadInput
 from vidaccel.generation.models.inspected import inspect_model
 from vidaccel.generation.run import load
+from vidaccel.lora.backbones import open_model
+from vidaccel.lora.config import ConfigError
 from vidaccel.pipelines.files.missing_weights import missing_weights
 
 
@@ -55,3 +60,29 @@ def test_shards_that_are_missing_are_named(folder):
     told = missing_weights(str(folder))
     assert "lacks diffusion_pytorch_model-00002-of-00004.safetensors, diffusion_pytorch_model-00003-of-0000" in told
     assert "and 1 more, which diffusion_pytorch_model.safetensors.index.json names" in told
+
+
+@pytest.mark.parametrize("as_bin", [False, True])
+@pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
+def test_a_file_that_is_cut_off_or_another_one_is_named(folder, part, as_bin):
+    [file] = (folder / part).glob("*model.safetensors")
+    if as_bin:
+        weights = load_file(file)
+        file.unlink()
+        file = folder / part / ("pytorch_model.bin" if part == "text_encoder" else "diffusion_pytorch_model.bin")
+        torch.save(weights, file)
+        assert not missing_weights(str(folder))
+    whole = file.read_bytes()
+    for content in (whole[:-100], b"<html>", b""):
+        file.write_bytes(content)
+        with pytest.raises(BadInput, match=rf"not whole: .*{re.escape(str(file))} is cut off, or no file of weights: "):
+            load(inspect_model(str(folder)), "float32", "cpu")
+        with pytest.raises(ConfigError, match=rf"model.base: .* is not whole: {re.escape(str(file))} is cut off"):
+            open_model(str(folder), "lora")
+
+
+def test_a_training_is_told_of_other_layouts(folder, tmp_path):
+    (folder / "model_index.json").unlink()
+    (folder / "config.json").write_text('{"_class_name": "WanModel"}')
+    with pytest.raises(ConfigError, match="layout in which Wan is published.*Give .*-Diffusers"):
+        open_model(str(folder), "lora")
