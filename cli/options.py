@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..generation.errors import BadInput
+from ..generation.machine import MOST_THREADS
 from ..generation.requests.values import count_or_share
 
 Device = Annotated[str, typer.Option(help="auto (an accelerator, if any), cpu, cuda:1, mps, ...")]
@@ -31,8 +32,6 @@ Tiling = Annotated[bool, typer.Option("--vae-tiling", help="Encode and decode in
 Threads = Annotated[int | None, typer.Option(help="CPU threads. (default: torch's)")]
 
 TWICE = "it is given twice, and one of the two would count for nothing"
-_MOST_THREADS = 1024
-"""OpenMP ends the process where the system starts no more of them."""
 _CONSTANTS = {"true": True, "false": False, "none": None}
 
 
@@ -98,9 +97,9 @@ def use_threads(threads: int | None) -> None:
         return
     if threads < 1:
         raise BadInput("threads", "it must be at least 1", value=threads)
-    if threads > _MOST_THREADS:
+    if threads > MOST_THREADS:
         fix = "More than there are cores are slower."
-        raise BadInput("threads", f"it must be at most {_MOST_THREADS}", fix, value=threads)
+        raise BadInput("threads", f"it must be at most {MOST_THREADS}", fix, value=threads)
     import torch
 
     torch.set_num_threads(threads)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..attention.methods.base import Method
 
 DTYPES = ("float32", "bfloat16", "float16")
+MOST_THREADS = 1024
+"""That torch is set to: OpenMP ends the process where the system starts no more of them."""
 
 
 def choose_device(name: str | torch.device, offload: bool | str) -> torch.device:

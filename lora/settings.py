@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..generation.machine import MOST_THREADS
 from .config import Settings, setting
 
 
@@ -145,7 +146,7 @@ class LoopSettings(Settings):
     validate_first: bool = setting(False, free=True)
     tracker: str = setting("auto", free=True)
     tracker_project: str | None = setting(None, free=True)
-    threads: int | None = setting(None, low=1, free=True)
+    threads: int | None = setting(None, low=1, high=MOST_THREADS, free=True)
     device: Literal["auto", "cpu"] = setting("auto", free=True)
 
 
