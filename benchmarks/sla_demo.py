@@ -2,7 +2,7 @@
 
     python benchmarks/sla_demo.py --steps 5000 --decay 1000 --prompts 64 --processes 2
     python benchmarks/sla_demo.py --blocks 2 --start runs/sla_demo --work runs/sla_demo_2 --steps 600 --decay 150
-    python benchmarks/sla_demo.py --blocks 4 --block 16 --work runs/sla_demo_16 --steps 2800 --decay 600
+    python benchmarks/sla_demo.py --blocks 4 --block 16 --work runs/sla_demo_16 --steps 3200 --decay 1000
 
 Trains with the ready settings `demo_sla` in two arms, with linear attention over all keys and with block-sparse
 attention alone, in turn and equally long (a call goes on where the last one stopped; the learning rate falls in the
