@@ -131,12 +131,11 @@ def cost(repeats: int) -> list[dict]:
     from vidaccel.lora.backbones.base import ModelOptions
     from vidaccel.lora.backbones.wan_own import WanModel
     from vidaccel.lora.recipes.flow_phase import train_only
-    from vidaccel.lora.recipes.length_settings import SELF_ATTENTION
 
     model = WanModel(str(demo.path()), ModelOptions(merge_text_padding=True))
     text = model.text_encoder().encode(["a red circle moves left on a grey background"])
     transformer = model.transformer()
-    add_lora(transformer, layers_named(transformer, SELF_ATTENTION, ""), 64, 64, 0.0)
+    add_lora(transformer, layers_named(transformer, model.self_attention, ""), 64, 64, 0.0)
     train_only(transformer, lambda name: ".lora_" in name)
     rows = []
     for frames in (65, 129, 257):

@@ -177,7 +177,7 @@ def interval(differences: list[float]) -> str:
 
 def of_mean_error(rows: list[dict[str, Any]]) -> str:
     """The PSNR of the mean squared error: some videos to the bit as dense, which count as 100 dB, do not carry it."""
-    from vidaccel.generation.report.page import decibel
+    from vidaccel.generation.report import decibel
 
     return f"{decibel.of_mean_error(row['psnr'] for row in rows):.1f}"
 

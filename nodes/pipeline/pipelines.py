@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
 # What the menu shows -> what it is called elsewhere.
 BUILT_IN = {f"{name} (built-in)": name for name in DEMOS}
-REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements-pipelines.txt"
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements-pipelines.txt"
 
 
 # -- which pipelines there are -----------------------------------------------------------------------------------------

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import json
 import shutil
 
 import pytest
 from benchmark_scripts import ROOT, imported, run, table
+
+
+def test_what_scripts_import_of_the_package_is_there():
+    """Within functions, too, which no quick test of theirs calls."""
+    lacking = []
+    for file in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vidaccel":
+                module = importlib.import_module(node.module)
+                names = [alias.name for alias in node.names if not hasattr(module, alias.name)]
+                lacking += [n for n in names if importlib.util.find_spec(f"{node.module}.{n}") is None]
+    assert not lacking
 
 
 @pytest.mark.slow

@@ -127,7 +127,8 @@ def test_a_full_disk_leaves_the_last_good_one(tmp_path, monkeypatch, failing):
         if calls == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(written, "flush", flush)
+    for place in (written, module):
+        monkeypatch.setattr(place, "flush", flush)
     with pytest.raises(
         CheckpointError, match=r"No space left.*MiB are free there. The last good one is .*step_00000001"
     ):
