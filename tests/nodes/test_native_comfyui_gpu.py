@@ -21,9 +21,9 @@ FEW = ("wan_t2v", "hunyuan", "ltxv")
 # steps lies, and some where their video is.
 # `_run_pass` stands for ComfyUI's own.
 KNOWN = (
-    "native.py _run_pass",
-    "native.py _enter",
-    "native.py _levels_of",
+    "override.py _run_pass",
+    "override.py _enter",
+    "override.py _levels_of",
     "call_checks.py finite",
     "sampling.py",
     "announced.py outer",
