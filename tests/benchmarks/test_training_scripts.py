@@ -60,13 +60,13 @@ def test_guidance_in_one_pass_goes_on_where_it_stopped(tmp_path):
 def test_longer_videos_go_on_where_they_stopped(tmp_path):
     work = ["--only", "dense", "--frames", "17", "--denoising-steps", "2", "--out", str(tmp_path)]
     run("length_demo.py", *work, "--prompts", "1")
-    first = (tmp_path / "length_demo.jsonl").read_text()
+    first = (tmp_path / "length_demo_17.jsonl").read_text()
     run("length_demo.py", *work, "--prompts", "1")
-    assert (tmp_path / "length_demo.jsonl").read_text() == first
+    assert (tmp_path / "length_demo_17.jsonl").read_text() == first
     rows = [json.loads(line) for line in first.splitlines()]
     assert [row["way"] for row in rows] == ["dense"]
     assert all(row["cpu_seconds"] > 0 and isinstance(row["right"]["all"], bool) for row in rows)
-    assert "| dense | 1 |" in (tmp_path / "length_demo.md").read_text()
+    assert "| dense | 1 |" in (tmp_path / "length_demo_17.md").read_text()
 
 
 @pytest.mark.slow
