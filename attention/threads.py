@@ -79,6 +79,7 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _begun(count: int) -> ThreadPoolExecutor:
+    """New threads, once each of them has set itself to one core."""
     ready = threading.Barrier(count + 1)
 
     def one_core() -> None:

@@ -213,13 +213,14 @@ def main(
 def _write(out: Path, found: dict[str, Any]) -> None:
     """sla_demo.json and sla_demo.md."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "sla_demo.json").write_text(json.dumps(dict(sorted(found.items(), key=_places)), indent=1) + "\n")
+    in_order = {reads: found[reads] for reads in sorted(found, key=_numbers)}
+    (out / "sla_demo.json").write_text(json.dumps(in_order, indent=1) + "\n")
     write_page(out)
 
 
-def _places(section: tuple[str, Any]) -> tuple[int, int]:
-    """Where a section stands: by the number of all blocks, and of those that are read."""
-    blocks, there = map(int, section[0].split(" of "))
+def _numbers(reads: str) -> tuple[int, int]:
+    """How many blocks there are, and how many of them are read, of the text of a `Reads`."""
+    blocks, there = map(int, reads.split(" of "))
     return there, blocks
 
 
@@ -234,7 +235,7 @@ def write_page(out: Path) -> None:
     sections = json.loads((out / "sla_demo.json").read_text())
     text, tables = "Made by `benchmarks/sla_demo.py`. ± is the standard deviation over videos.", []
     for reads, found in sections.items():
-        blocks, there = map(int, reads.split(" of "))
+        there, blocks = _numbers(reads)
         both = " Both arms have seen the same clips, noise and levels at each step." if len(found["steps"]) > 1 else ""
         steps = " and ".join(f"{number:,}" for number in sorted(set(found["steps"].values())))
         before = ", went on from the arms with fewer blocks" if found["went_on"] else ""

@@ -32,7 +32,7 @@ class ModelFacts:
         pad_frames: frames that the autoencoder puts before a video, for a DC-VideoGen model; None for others.
             Such a model makes any size and length, on a larger canvas that is cropped.
         autoencoder: folder or hub id of the autoencoder of adapter-only weights that lies elsewhere, else None.
-        own_defaults: frames, sizes, steps and guidance that the model states, see `inspected.DEFAULTS_FILE`.
+        own_defaults: frames, sizes, steps and guidance that the model states, see `adapter_folder.DEFAULTS_FILE`.
         transformer: its config.
         guider_scale: the guidance scale of its guider, where it has one.
         most_steps: of a model that is distilled to few, as its scheduler has them.

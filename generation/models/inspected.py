@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...pipelines.deep_compression.adapter_folder import DEFAULTS_FILE
 from ..errors import BadInput
 from ..rows import NOT_RUN, ROWS, PipelineRow, find_row, patch_of
 from .facts import DEFAULTS, ModelFacts
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 
-DEFAULTS_FILE = "generation_defaults.json"
-"""Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them.
-Adapter-only weights have the same under "defaults" in `adapter.json`."""
 LEARNED_FILES = {"sla": "transformer/sla_config.json", "vsa": "transformer/vsa_config.json"}
 """Method -> what lies beside the weights of a transformer that was trained for it, in older folders; see
 `pipelines.trained_for`."""

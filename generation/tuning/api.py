@@ -181,9 +181,8 @@ def measured_break_even(
         raise BadInput("model", f"has heads of its own: leave it out, or {mention('heads')} and {mention('head_dim')}")
     if model is None:
         own = {field: count(field, value) for field, value in own.items()}
-    if model is None and components is not None:
-        problem = "is of use only with a single file as the model"
-        raise BadInput("components", problem, "Leave it out.", value=components)
+    if model is None:
+        whole_model("", components)  # refuses components of no file
     place = choose_device(device, False)
     chosen = choose_dtype(dtype, place, str(model or ""))
     shape = (own["heads"], own["head_dim"]) if model is None else _heads(str(model), components)

@@ -97,6 +97,8 @@ def _class_of(base: str, families: Mapping[str, Row], recipe: str) -> Any:
     name = _class_name(base)
     if name not in families:
         raise ConfigError(f"model.base: {base} is a {name}; {recipe} takes {', '.join(families)}.")
+    if lacking := missing_weights(base):
+        raise ConfigError(f"model.base: {base} is not whole: {lacking}. Download it again.")
     return named_class(families[name], __name__)
 
 
@@ -110,6 +112,4 @@ def _stated_class(base: str) -> str:
             problem, fix = no_pipeline(folder_reader(Path(base)))
             raise ConfigError(f"model.base: {base}: {problem}. {fix}") from error
         raise ConfigError(f"model.base: {base} has no readable model_index.json: {error}") from error
-    if lacking := missing_weights(base):
-        raise ConfigError(f"model.base: {base} is not whole: {lacking}. Download it again.")
     return name[-1] if isinstance(name, list) else name

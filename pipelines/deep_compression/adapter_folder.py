@@ -19,7 +19,8 @@ LORA_PREFIX = "transformer"
 FULL_FILE = "embedder_head.safetensors"
 FACTS_FILE = "adapter.json"
 DEFAULTS_FILE = "generation_defaults.json"
-"""In the folder of an adapted pipeline: frames, height and width that it was trained at."""
+"""Beside a pipeline's `model_index.json`: frames, height, width, steps, guidance_scale that suit it, or some of them,
+as those that it was trained at. Adapter-only weights have the same under "defaults" in `FACTS_FILE`."""
 
 
 class AdapterError(ValueError):

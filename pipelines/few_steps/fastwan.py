@@ -15,6 +15,7 @@ from diffusers import WanTransformer3DModel, __version__
 
 from ...autoencoders.checkpoint_file import CheckpointError
 from ..acceleration.vsa_gates import write_config
+from ..deep_compression.adapter_folder import DEFAULTS_FILE
 from ..deep_compression.published_files import read_json
 from ..files.drafts import beside, take
 from ..files.json_files import write_json
@@ -24,7 +25,6 @@ from .fastwan_source import fastwan_folder, trained_for
 
 COMPONENTS = ("text_encoder", "tokenizer", "vae")
 """What is taken as it is."""
-_DEFAULTS = "generation_defaults.json"  # read by `generation.models.facts`
 _VIDEOS = {False: (81, 480, 832), True: (121, 704, 1280)}
 """Frames, height and width, by whether a model is Wan 2.2's of 5B, which alone expands timesteps."""
 
@@ -81,7 +81,7 @@ def convert_fastwan(
         frames, height, width = _VIDEOS[bool(stated.get("expand_timesteps"))]
         video = {"frames": frames, "height": height, "width": width}
         defaults = {**video, "steps": DMDScheduler().most_steps, "guidance_scale": 1.0}
-        write_json(draft / _DEFAULTS, defaults)
+        write_json(draft / DEFAULTS_FILE, defaults)
         write_json(draft / "model_index.json", _index(stated))
     return target
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from ...attention import SLA
 from ...autoencoders.checkpoint_file import CheckpointError
 from ..acceleration.sla_weights import TrainedSLA, write_config
+from ..deep_compression.adapter_folder import DEFAULTS_FILE
 from ..deep_compression.published_files import base_folder, read_json
 from ..files.drafts import beside, take
 from ..files.json_files import write_json
@@ -36,7 +37,6 @@ SIGMA_MAX = {False: 80.0, True: 200.0}
 """Where sampling starts, by image to video or not."""
 SHARD = "2GB"
 """Of a file of weights, and so of what is in memory at a time."""
-_DEFAULTS = "generation_defaults.json"  # read by `generation.models.facts`
 _SIZES = {True: (720, 1280), False: (480, 832)}
 _COMPONENTS = {  # -> the file that says its class, and where
     "text_encoder": ("config.json", "architectures", "transformers"),
@@ -97,7 +97,7 @@ def convert_turbowan(
         RCMScheduler(sigma_max=SIGMA_MAX[image], ode=ode).save_pretrained(draft / "scheduler")
         height, width = _SIZES["720" in source.name]
         defaults = {"frames": 81, "height": height, "width": width, "steps": 4, "guidance_scale": 1.0}
-        write_json(draft / _DEFAULTS, defaults)
+        write_json(draft / DEFAULTS_FILE, defaults)
         write_json(draft / "model_index.json", _model_index(stages, components, image))
     return target
 
