@@ -88,6 +88,10 @@ class DenseSchedule:
                     f"DenseSchedule.{name} is {value!r}: a noise level is a number from 0 to 1.{of_python(value)}"
                 )
 
+    def given(self) -> dict[str, int | float]:
+        """The fields that are not their defaults, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
     @property
     def needs_num_steps(self) -> bool:
         """Whether it can only be followed when the number of steps of a run is known."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from . import autoencoder
-from .adapter_files import State, state_of
 from .schema import accepted
+from .watched import Fingerprint, fingerprint, read, state_of
 
 
 class VidaccelLoadDCAEV(io.ComfyNode):
@@ -42,13 +42,14 @@ class VidaccelLoadDCAEV(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, path: str | None, **chosen: str | None) -> State | None:
+    def fingerprint_inputs(cls, path: str | None, **chosen: str | None) -> Fingerprint:
         """Read a file anew once it was changed, such as one that was trained further."""
         import folder_paths
 
-        named = chosen.get("autoencoder") or autoencoder.BUILT_IN
+        menu = chosen.get("autoencoder")
+        named = menu or autoencoder.BUILT_IN
         own = None if named == autoencoder.BUILT_IN else folder_paths.get_full_path("vae", named)
-        return state_of((path or "").strip() or own)
+        return fingerprint(state_of((path or "").strip() or own), menu, path)
 
     @classmethod
     def execute(cls, path: str, **chosen: str) -> io.NodeOutput:
@@ -58,9 +59,11 @@ class VidaccelLoadDCAEV(io.ComfyNode):
 def _located(choice: str, path: str) -> str:
     import folder_paths
 
-    if path.strip():
-        return path.strip()
-    return choice if choice == autoencoder.BUILT_IN else folder_paths.get_full_path_or_raise("vae", choice)
+    if not path.strip() and choice == autoencoder.BUILT_IN:
+        return choice
+    place = path.strip() or folder_paths.get_full_path_or_raise("vae", choice)
+    read(place)
+    return place
 
 
 def _as_vae(location: str) -> object:

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..pipelines.forecast.settings import ForecastSettings
 from .native.forecast import MAX_TOLERANCE, cache_steps, forecast_log
+from .report.wording import said_of_inputs
 from .report_node import Report
 from .schema import accepted
 
@@ -74,7 +75,9 @@ class VidaccelForecastCache(io.ComfyNode):
     def execute(
         cls, model: Any, tolerance: float, first_steps: int, last_steps: int, max_consecutive: int
     ) -> io.NodeOutput:
-        settings, log = ForecastSettings(tolerance, first_steps, last_steps, max_consecutive), forecast_log()
+        with said_of_inputs("ForecastSettings", most="max_consecutive"):
+            settings = ForecastSettings(tolerance, first_steps, last_steps, max_consecutive)
+        log = forecast_log()
         return io.NodeOutput(cache_steps(model, settings, log), log)
 
 

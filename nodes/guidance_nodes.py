@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from comfy_api.latest import io
 
-from .adapter_files import BY_PATH, State, chosen_file, state_of, state_of_chosen
+from .adapter_files import BY_PATH, chosen_file, fingerprint_of_chosen
 from .native.guidance import guide
 from .pipeline.pipelines import VideoPipeline, require_packages
 from .pipeline_nodes import CATEGORY, Pipeline
 from .schema import accepted
+from .watched import Fingerprint, fingerprint, read, state_of
 
 OWN = "the model's own"
 
@@ -62,9 +62,9 @@ class VidaccelGuidanceFree(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, adapter: str | None, path: str | None, **others: Any) -> State | None:
+    def fingerprint_inputs(cls, adapter: str | None, path: str | None, **others: Any) -> Fingerprint:
         """Read a file anew once it was changed."""
-        return state_of_chosen(adapter, path)
+        return fingerprint_of_chosen(adapter, path)
 
     @classmethod
     def execute(cls, model: Any, adapter: str, path: str, guidance: float) -> io.NodeOutput:
@@ -101,15 +101,16 @@ class VidaccelGuidanceFreePipeline(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(
         cls, adapter: str | None, path: str | None, second_path: str | None = "", **others: Any
-    ) -> tuple[State | None, ...]:
+    ) -> tuple[Fingerprint, ...]:
         """Read a file anew once it was changed."""
-        return state_of_chosen(adapter, path), state_of((second_path or "").strip())
+        second = fingerprint(state_of((second_path or "").strip()), second_path)
+        return fingerprint_of_chosen(adapter, path), second
 
     @classmethod
     def execute(cls, pipeline: VideoPipeline, adapter: str, path: str, second_path: str = "") -> io.NodeOutput:
         places = [] if not path.strip() and adapter == OWN else [chosen_file(adapter, path, "adapter")]
         if second_path.strip():
-            places.append(Path(second_path.strip()).expanduser())
+            places.append(read(second_path.strip()))
         return io.NodeOutput(pipeline.guided_in_one_pass(places))
 
 

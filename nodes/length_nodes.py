@@ -6,13 +6,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .adapter_files import State, chosen_file, state_of_chosen
+from .adapter_files import chosen_file, fingerprint_of_chosen
 from .lora_nodes import file_inputs
 from .native.length import lengthened
 from .report.wording import PRECISIONS
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, precision_input
+from .watched import Fingerprint
 
 
 class VidaccelRadialLength(io.ComfyNode):
@@ -51,9 +52,9 @@ class VidaccelRadialLength(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str | None, path: str | None, **others: Any) -> State | None:
+    def fingerprint_inputs(cls, lora: str | None, path: str | None, **others: Any) -> Fingerprint:
         """Read a file anew once it was changed."""
-        return state_of_chosen(lora, path)
+        return fingerprint_of_chosen(lora, path)
 
     @classmethod
     def execute(

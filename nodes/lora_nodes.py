@@ -6,9 +6,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .adapter_files import BY_PATH, State, chosen_file, state_of_chosen
+from .adapter_files import BY_PATH, chosen_file, fingerprint_of_chosen
 from .pipeline.loras import AUTOMATIC, TARGETS, Lora
 from .schema import accepted
+from .watched import Fingerprint
 
 Loras = io.Custom("VIDACCEL_LORAS")
 
@@ -70,9 +71,9 @@ class VidaccelPipelineLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, lora: str | None, path: str | None, **others: Any) -> State | None:
+    def fingerprint_inputs(cls, lora: str | None, path: str | None, **others: Any) -> Fingerprint:
         """Read a file anew once it was changed."""
-        return state_of_chosen(lora, path)
+        return fingerprint_of_chosen(lora, path)
 
     @classmethod
     def execute(

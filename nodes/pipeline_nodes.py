@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,12 +18,12 @@ from ..generation.machine import DTYPES
 from ..generation.requests.settings import Settings
 from ..generation.requests.values import MAX_SEED
 from ..generation.run import StepCallback
-from .adapter_files import State, state_of_pipeline
 from .defaults import defaults_of
 from .lora_nodes import Loras
 from .native.patch import queue_entry
 from .pipeline import pipelines, previews
 from .pipeline.acceleration import METHODS, Acceleration
+from .pipeline.generating import generate
 from .pipeline.inputs import Clip, first_frames
 from .pipeline.residency import Residency
 from .report.wording import plain_messages
@@ -36,6 +37,7 @@ from .sparse_nodes import (
     precision_input,
     share_inputs,
 )
+from .watched import Fingerprint, fingerprint, read, state_of_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -95,18 +97,20 @@ class VidaccelLoadPipeline(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, pipeline: str | None, hub_id: str | None, **others: Any) -> State | None:
+    def fingerprint_inputs(cls, pipeline: str | None, hub_id: str | None, **others: Any) -> Fingerprint:
         """Load a pipeline anew once its files were changed."""
-        try:
-            return state_of_pipeline(pipelines.locate(pipeline or "", hub_id or "", _roots()))
-        except BadInput:
-            return None  # what runs says that it is gone
+        state = None
+        with contextlib.suppress(BadInput):  # what runs says that it is gone
+            state = state_of_pipeline(pipelines.locate(pipeline or "", hub_id or "", _roots()))
+        return fingerprint(state, pipeline, hub_id)
 
     @classmethod
     def execute(cls, pipeline: str, hub_id: str, dtype: str, loras: tuple[Lora, ...] = ()) -> io.NodeOutput:
         with plain_messages():
             location = pipelines.locate(pipeline, hub_id, _roots())
-        return io.NodeOutput(pipelines.load(location, dtype, _residency(), loras))
+        read(location, state_of_pipeline)
+        field = "hub_id" if hub_id.strip() else "pipeline"
+        return io.NodeOutput(pipelines.load(location, dtype, _residency(), loras, field=field))
 
 
 class VidaccelAcceleratePipeline(io.ComfyNode):
@@ -291,7 +295,7 @@ class VidaccelGenerateVideo(io.ComfyNode):
             own = ("width", "height", "frames", "steps", "fps")  # 0: the model's own
             sizes = {name: given.pop(name) or None for name in own}
             settings = Settings(**given, **sizes, guidance_scale=guidance or None, strength=strength or None)
-        made = pipelines.generate(
+        made = generate(
             pipeline,
             settings,
             image=image,

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io
 
-from .adapter_files import State
 from .native.forecast import cache_steps, forecast_log
 from .native.geometry import diffusion_model_of
 from .native.guidance import guide
@@ -32,6 +31,7 @@ from .report.wording import PRECISIONS, InputError
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import measure_error_input, min_tokens_input
+from .watched import READ, Fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from ..pipelines.presets import Preset as PresetOf
@@ -79,13 +79,16 @@ class VidaccelLoadPreset(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, preset: str | None, path: str | None) -> State | None:
+    def fingerprint_inputs(cls, preset: str | None, path: str | None) -> Fingerprint:
         """Read a file anew once it was changed, by hand or by Tune, or one that it names was."""
-        return state_of_preset(preset, path, _roots())
+        return fingerprint(state_of_preset(preset, path, _roots()), preset, path)
 
     @classmethod
     def execute(cls, preset: str, path: str) -> io.NodeOutput:
-        return io.NodeOutput(chosen_preset(preset, path, _roots()))
+        roots = _roots()
+        chosen = chosen_preset(preset, path, roots)
+        READ.remember(path.strip() or preset, lambda: state_of_preset(preset, path, roots))
+        return io.NodeOutput(chosen)
 
 
 class VidaccelApplyPreset(io.ComfyNode):
@@ -222,7 +225,9 @@ def _without_method(name: str, part: NativePart) -> str:
         "Passes of the negative prompt are left out.": part.guidance_cache is not None,
     }
     told = [text for text, there in has.items() if there]
-    return f"{' '.join(told)} The preset {name} has no method that a MODEL can take, so attention is dense."
+    return (
+        f"{' '.join(told)} The preset {name} has no method that a MODEL can take: attention is as other nodes leave it."
+    )
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelLoadPreset, VidaccelApplyPreset, VidaccelApplyPresetNative]

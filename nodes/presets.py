@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..generation.levers.methods import SET_BY_DENSITY
 from ..generation.levers.presets import request_preset
-from .adapter_files import State, state_of
 from .pipeline.pipelines import VideoPipeline, require_packages
 from .report.wording import InputError, plain_messages
+from .watched import State, state_of
 
 if TYPE_CHECKING:
     from ..attention import DenseSchedule, Method
@@ -89,7 +89,7 @@ def chosen_preset(choice: str, path: str, roots: Sequence[str]) -> Preset:
 
 def state_of_preset(choice: str | None, path: str | None, roots: Sequence[str]) -> State | None:
     """`state_of` the file of a preset, unless it is one of the package, and of the adapters, LoRAs and the decoder that
-    it names; for `fingerprint_inputs`, which is given None for an input with a link."""
+    it names; None in a choice or path that comes through a link."""
     choice, path = choice or "", (path or "").strip()
     found = path or find_presets(roots).get(choice)
     if not found:

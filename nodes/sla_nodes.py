@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .adapter_files import BY_PATH, State, chosen_file, state_of_chosen
+from .adapter_files import BY_PATH, chosen_file, fingerprint_of_chosen
 from .native.geometry import diffusion_model_of
 from .native.learned_layers import learned_layers
 from .native.lora import with_lora
@@ -19,6 +19,7 @@ from .report.wording import plain_messages
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input, precision_input
+from .watched import Fingerprint
 
 WORDS = ["vidaccel", "sparse linear attention", "speed up video", "lora"]
 
@@ -75,9 +76,9 @@ class VidaccelApplySLA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, sla: str | None, path: str | None, **others: Any) -> State | None:
+    def fingerprint_inputs(cls, sla: str | None, path: str | None, **others: Any) -> Fingerprint:
         """Read a file anew once it was changed."""
-        return state_of_chosen(sla, path)
+        return fingerprint_of_chosen(sla, path)
 
     @classmethod
     def execute(cls, model: Any, sla: str, path: str, **common: Any) -> io.NodeOutput:
@@ -128,9 +129,10 @@ class VidaccelPipelineSLA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, sla: str | None, path: str | None, **others: Any) -> tuple[State | None, ...]:
+    def fingerprint_inputs(cls, sla: str | None, path: str | None, **others: Any) -> tuple[Fingerprint, ...]:
         """Read files anew once they were changed."""
-        return tuple(state_of_chosen(sla, place) for place in _places(path or "") or [""])
+        places: list[str | None] = [None] if path is None else [*(_places(path) or [""])]
+        return tuple(fingerprint_of_chosen(sla, place) for place in places)
 
     @classmethod
     def execute(cls, pipeline: pipelines.VideoPipeline, sla: str, path: str, **common: Any) -> io.NodeOutput:

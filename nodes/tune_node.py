@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
 from ..generation.requests.values import MAX_SEED
 from ..generation.tuning.space import EFFORTS
-from .pipeline.tuning import folder_of, tuned
+from .pipeline.tuning import folder_of, is_written, tuned
 from .pipeline_nodes import CATEGORY, Pipeline
 from .preset_nodes import Preset
 from .schema import accepted
+from .watched import Watched
 
 if TYPE_CHECKING:
     from .pipeline.pipelines import VideoPipeline
@@ -26,6 +27,10 @@ LEVERS = {
     "compiled_blocks": ("compile",),
 }
 """Inputs -> the levers of `tune` that they switch."""
+
+
+WRITTEN = Watched()
+"""Folders that were written."""
 
 
 class VidaccelTune(io.ComfyNode):
@@ -154,6 +159,11 @@ class VidaccelTune(io.ComfyNode):
         )
 
     @classmethod
+    def fingerprint_inputs(cls, **given: Any) -> int:
+        """Write a folder anew that was deleted."""
+        return WRITTEN.changes()
+
+    @classmethod
     def execute(
         cls,
         pipeline: VideoPipeline,
@@ -171,10 +181,11 @@ class VidaccelTune(io.ComfyNode):
     ) -> io.NodeOutput:
         import folder_paths
 
+        folder = folder_of(name, Path(folder_paths.get_output_directory()))
         made = tuned(
             pipeline,
             prompts,
-            folder_of(name, Path(folder_paths.get_output_directory())),
+            folder,
             bounds={"min_psnr": min_psnr, "max_error": max_error, "max_time_ratio": max_time_ratio},
             levers=[lever for switch, levers in LEVERS.items() if given.get(switch, True) for lever in levers],
             effort=effort,
@@ -187,6 +198,7 @@ class VidaccelTune(io.ComfyNode):
             },
             show=_bar(),
         )
+        WRITTEN.remember(folder, lambda: is_written(folder))
         return io.NodeOutput(made.preset, made.text, ui=ui.PreviewText(made.text))
 
 

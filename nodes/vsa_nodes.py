@@ -7,13 +7,14 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from .adapter_files import BY_PATH, State, state_of
+from .adapter_files import BY_PATH
 from .native.vsa import gated
 from .pipeline.pipelines import find_pipelines
 from .report.wording import STEP, InputError
 from .report_node import Report
 from .schema import accepted
 from .sparse_nodes import CATEGORY, backend_input, measure_error_input, min_tokens_input, precision_input
+from .watched import Fingerprint, State, fingerprint, read, state_of
 
 KIND = "diffusion_models"
 """ComfyUI's name for the folder of files that may have gates."""
@@ -61,6 +62,12 @@ def _chosen(gates: str, path: str) -> Path:
         raise InputError("gates: choose the file that Load Diffusion Model has, or give the path of a file or folder.")
     others = ", ".join(name for name in _names() if name != gates)
     raise InputError(f"gates is {gates}: it is no longer there; there are {others or 'none'}.")
+
+
+def _state(place: Path) -> State | None:
+    """`state_of` a file, or of the transformer in the folder of a pipeline."""
+    inner = place / "transformer"
+    return state_of(inner if inner.is_dir() else place)
 
 
 class VidaccelApplyVSA(io.ComfyNode):
@@ -117,16 +124,14 @@ class VidaccelApplyVSA(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, gates: str | None, path: str | None, **others: Any) -> State | None:
+    def fingerprint_inputs(cls, gates: str | None, path: str | None, **others: Any) -> Fingerprint:
         """Read a file anew once it was changed."""
         place = _place(gates or "", path or "")
-        if place is not None and (place / "transformer").is_dir():
-            place = place / "transformer"
-        return state_of(place)
+        return fingerprint(None if place is None else _state(place), gates, path)
 
     @classmethod
     def execute(cls, model: Any, gates: str, path: str, density: float, **common: Any) -> io.NodeOutput:
-        return io.NodeOutput(*gated(model, _chosen(gates, path), density, **common))
+        return io.NodeOutput(*gated(model, read(_chosen(gates, path), _state), density, **common))
 
 
 NODES: list[type[io.ComfyNode]] = [VidaccelApplyVSA]

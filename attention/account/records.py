@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from ..schedule import DenseSchedule
 from .plain_values import plain
 
 VERSION = 1
@@ -99,6 +100,16 @@ class RunReport:
     notes: tuple[str, ...] = ()
     noted: Mapping[str, int] = field(default_factory=dict, repr=False, compare=False)
 
+    def settings(self) -> dict[str, Any]:
+        """`config` for readers: what is set, and of a schedule what it keeps dense, field by field."""
+        told: dict[str, Any] = {}
+        for name, value in self.config.items():
+            if isinstance(value, DenseSchedule):
+                told |= value.given() or {"first_steps": 0}
+            elif value not in ("", None):
+                told[name] = value
+        return told
+
     def runs(self) -> list[int]:
         """The runs that have records."""
         return sorted({r.run for r in self.records})
@@ -152,16 +163,19 @@ class RunReport:
         """Median of the measured errors, NaN without any."""
         return float(np.median([r.error for r in self.measured()])) if self.measured() else float("nan")
 
-    def error_in_words(self) -> str:
+    def error_in_words(self, first_step: int = 0) -> str:
         """Median and worst measured error and where, with what the method predicted there, or measured itself; what it
         measured itself alone where nothing else was; empty without any.
+
+        Args:
+            first_step: from which the reader counts steps.
         """
         calls, of_method = self.measured(), self.measured_by_method()
         if not calls and not of_method:
             return ""
         worst = (calls or of_method)[0]
         model = f" of {worst.model}" if len({r.model for r in self.records}) > 1 else ""
-        where = f"in layer {worst.layer}{model} at step {worst.step} ({worst.branch})"
+        where = f"in layer {worst.layer}{model} at step {worst.step + first_step} ({worst.branch})"
         if not calls:
             median = percent(float(np.median([r.own_error for r in of_method])))
             return (

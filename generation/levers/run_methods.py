@@ -54,7 +54,7 @@ def methods_of_runs(
             elif run is preset_method:
                 method = _of_preset(run, sparse, layout)
             else:
-                method = _as_given(run, sparse, layout)
+                method = as_given(run, sparse, layout)
             check_stand_ins(sparse.backend, device, method)
             check_second_stage(sparse.backend, device, method)
         except BadInput as error:
@@ -107,7 +107,7 @@ def _of_preset(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
     asked = bool(overrides) or any(value is not None for value in amounts.values())
     # What a model was trained for, and a config of one's own, are taken as they are.
     if not asked or method.needs_weights or type(method) is not METHODS.get(method.name):
-        return _as_given(method, sparse, layout)
+        return as_given(method, sparse, layout)
     try:
         return build_method(method.name, layout, **amounts, overrides=overrides, base=method)
     except BadInput as error:
@@ -118,8 +118,12 @@ def _of_preset(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
         raise BadInput(given, problem) from error.__cause__
 
 
-def _as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
-    """A config, which has all its settings already."""
+def as_given(method: Method, sparse: Sparse, layout: VideoLayout) -> Method:
+    """A config, which has all its settings already.
+
+    Raises:
+        BadInput: it cannot do this video, or the request has settings beside it.
+    """
     of_methods = ("density", "dense_steps", "dense_layers", "settings")
     given = {name: is_given for name, is_given in sparse.given().items() if name in of_methods}
     refuse_given(

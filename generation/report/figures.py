@@ -48,16 +48,18 @@ def line_chart(series: dict[str, tuple[float, ...]], ylabel: str, least_span: fl
     return figure
 
 
-def heat_map(values: np.ndarray, label: str, rows: str = "layer", top: float = 1.0) -> Figure:
+def heat_map(values: np.ndarray, label: str, rows: str = "layer", top: float = 1.0, first_step: int = 0) -> Figure:
     """`values [layers, steps]` from 0 to `top`; NaN stays empty.
 
     Args:
         values: what to show. label: what they are. rows: what the rows are. top: the end of the scale.
+        first_step: from which the reader counts steps.
     """
     figure, axes = _figure(1.5 + 0.11 * min(30, max(len(values), 8)))
-    image = axes.imshow(
-        values, vmin=0, vmax=top, aspect="auto", cmap="viridis", interpolation="nearest", origin="upper"
-    )
+    layers, steps = values.shape
+    # The edges of the first and last cells; rows go down.
+    extent = (first_step - 0.5, first_step + steps - 0.5, layers - 0.5, -0.5)
+    image = axes.imshow(values, vmin=0, vmax=top, aspect="auto", cmap="viridis", interpolation="nearest", extent=extent)
     axes.set_xlabel("step")
     axes.set_ylabel(rows)
     axes.locator_params(integer=True)

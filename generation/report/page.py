@@ -343,7 +343,7 @@ def _attention_page(video: GeneratedVideo, index: int) -> dict[str, Any]:
     return {
         "figures": figures,
         "clusters": {name: np.median(d, axis=0).tolist() for name, d in (deciles or {}).items()},
-        "config": {name: value for name, value in report.config.items() if value is not None},
+        "config": report.settings(),
         "calls": len(report.records),
         "sparse_calls": sparse,
         "sparse_density": float(np.mean([r.density for r in report.records if not r.reason])) if sparse else None,

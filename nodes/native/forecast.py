@@ -18,7 +18,7 @@ import torch
 from ...attention import StepInfo
 from ...pipelines.forecast.forecasts import Forecasts
 from ...pipelines.forecast.level import Level
-from ...pipelines.forecast.settings import ForecastSettings
+from ...pipelines.forecast.settings import FIRST, ForecastSettings
 from ..report.cache_log import CacheLog
 from .caches import FORECAST, asked_of, changed, put_in
 from .passes import Passes
@@ -110,13 +110,15 @@ class _Cached:
         self._now: set[str] = set()
         self._before: set[str] = set()
         self._steps: set[int] = set()
-        # A sampler may evaluate the model more than once in a step. An evaluation is told by its noise level, counted
-        # from 0, and by which one there it is, from 1: context windows and prompts that come apart are of the same.
+        self._count = 0  # of the sampler's steps
+        # A sampler may evaluate the model more than once in a step, and in many context windows. An evaluation is told
+        # by its noise level, counted from 0, by which one there it is, from 1, and by its window: prompts that come
+        # apart are of the same.
         self._sigma: float | None = None
         self._level = -1
         self._passes = Passes()
-        self._evaluations: set[tuple[int, int]] = set()
-        self._computed: set[tuple[int, int]] = set()
+        self._evaluations: set[tuple[int, int, str]] = set()
+        self._computed: set[tuple[int, int, str]] = set()
         self._errors: list[float] = []
         self._refused: list[float] = []
 
@@ -129,7 +131,8 @@ class _Cached:
         for window in self._windows.values():
             self._note(window)
         left_out, count = len(self._evaluations - self._computed), len(self._evaluations)
-        unit = "steps" if count == len(self._steps) else "evaluations"
+        unit = "evaluations of context windows" if len(self._names) > 1 else "evaluations"
+        unit = "steps" if count == len(self._steps) else unit
         if self._errors:
             self._log.tell(
                 logging.INFO,
@@ -139,7 +142,7 @@ class _Cached:
         elif count > 1 and self._finished:  # of a sampling that was interrupted, that tells nothing
             asked = 1 + max(window.changes() for window in self._windows.values())
             new_noise = any(window.forecasts.new_noise() for window in self._windows.values())
-            fix = _advice([error for error in self._refused if math.isfinite(error)], new_noise)
+            fix = _kept(self._settings, self._count) or _advice(list(filter(math.isfinite, self._refused)), new_noise)
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
             elif 2 * asked > count:
@@ -184,7 +187,8 @@ class _Cached:
         if levels is None or level is None or not level.noise:  # a model of pictures may mix no noise in
             return executor(model, conds, x, timestep, options, *more)
         number, count = step_of(sigma, levels.tolist())
-        window = self._window(window_of(inner), number)
+        name, self._count = window_of(inner), count
+        window = self._window(name, number)
         window.at(sigma)
         if sigma != self._sigma:
             self._sigma, self._level = sigma, self._level + 1
@@ -196,7 +200,7 @@ class _Cached:
         branches = {
             place: StepInfo(0, window.level, None, None, f"{what}, {times[place]}") for place, what in asked.items()
         }
-        evaluation = self._level, max(times.values(), default=1)
+        evaluation = self._level, max(times.values(), default=1), name
         self._evaluations.add(evaluation)
         keep = number < self._settings.first_steps or number >= count - self._settings.last_steps
         forecasts, latents = window.forecasts, level.of_flow(x)
@@ -214,6 +218,20 @@ class _Cached:
         return made
 
 
+def _kept(settings: ForecastSettings, count: int) -> str:
+    """What helps where all steps of a sampling are computed whatever is estimated; "" where some need not be.
+
+    Args:
+        settings: of the cache. count: the sampler's steps.
+    """
+    if not settings.keeps_all(count):
+        return ""
+    return (
+        f"first_steps {settings.first_steps} (the first {FIRST} are, whatever it says) and last_steps "
+        f"{settings.last_steps} say so: {'lower them, or ' * (count > FIRST)}make more steps"
+    )
+
+
 def _advice(errors: list[float], new_noise: bool) -> str:
     """What helps where no forecast was near enough.
 
@@ -221,16 +239,16 @@ def _advice(errors: list[float], new_noise: bool) -> str:
         errors: that forecasts are estimated to have, as far as there were any.
         new_noise: the sampler seems to add noise in each step.
     """
-    if not errors:
-        return "raise tolerance, or make more steps"
-    best = f"the best forecast is estimated to be off by {min(errors):.3g}"
-    if min(errors) <= MAX_TOLERANCE:
-        return f"{best}: raise tolerance, or make more steps"
+    if errors and min(errors) <= MAX_TOLERANCE:
+        return f"the best forecast is estimated to be off by {min(errors):.3g}: raise tolerance, or make more steps"
+    told = "no step went on from the ones before it"
+    if errors:
+        told = f"the best forecast is estimated to be off by {min(errors):.3g}, too far for any tolerance"
     if not new_noise:
-        return f"{best}, too far for any tolerance: make more steps"
+        return f"{told}: make more steps"
     return (
-        f"{best}, too far for any tolerance: a sampler that adds noise in each step leaves no line to go on, so take "
-        "euler, uni_pc or dpmpp_2m; with one of these, make more steps"
+        f"{told}: a sampler that adds noise in each step leaves no line to go on, so take euler, uni_pc or dpmpp_2m; "
+        "with one of these, make more steps"
     )
 
 

@@ -116,7 +116,7 @@ def parse_layers(text: str, count: int | None = None) -> frozenset[int]:
         count: transformer blocks of the model, None when unknown.
 
     Raises:
-        ValueError: something else in the text, or a layer that the model does not have.
+        ValueError: something else in the text, a layer that the model does not have, or all that it has.
     """
     layers: set[int] = set()
     for part in filter(None, (part.strip() for part in text.split(","))):
@@ -127,6 +127,11 @@ def parse_layers(text: str, count: int | None = None) -> frozenset[int]:
         if count is not None and last >= count:
             raise ValueError(f"dense_layers has {part!r}, but the model has {count} layers: 0 to {count - 1}.")
         layers.update(range(first, last + 1))
+    if count is not None and len(layers) == count:
+        raise ValueError(
+            f"dense_layers is {text}: those are all {count} layers of the model, so nothing would be sparse. Leave one "
+            "out, or connect the MODEL from before this node."
+        )
     return frozenset(layers)
 
 

@@ -137,6 +137,11 @@ def folder_of(name: str, root: Path) -> Path:
     return root / place
 
 
+def is_written(folder: Path) -> bool:
+    """Whether a folder has what a tuning leaves there."""
+    return (folder / PAGE).is_file()
+
+
 def _check_plain(pipeline: VideoPipeline) -> None:
     there = {
         "Accelerate Pipeline": pipeline.acceleration,
@@ -173,7 +178,9 @@ def _told(made: Tuned, folder: Path) -> str:
     for each in made.confirmed:
         own = each.confirmed
         why = each.why or "chosen"
-        lines.append(f"{own.median:.3g} s, {own.mean_psnr:.1f} dB: {each.candidate.label} ({why})")
+        # Measured in turns, the gain is not the one that the seconds would have.
+        gain = f"{1 / own.ratio:.2f} times as fast{' in turns with dense' * bool(own.gain)}"
+        lines.append(f"{own.median:.3g} s, {gain}, {own.mean_psnr:.1f} dB: {each.candidate.label} ({why})")
     lines += [*made.notes, *(f"{name} is left out: {why}" for name, why in made.dropped.items())]
     lines += ["", f"page: {folder / PAGE}"]
     lines += [f"preset: {folder / PRESET}"] if made.outcome == FOUND else []

@@ -22,11 +22,12 @@ class CacheLog:
         self.title, self._otherwise, self._logger = title, otherwise, logger
         self._told: list[list[str]] = []  # of each sampling
         self._queued: str | None = None
+        self._shown = 0  # of these, by a report
 
     def begin(self, queued: str | None) -> None:
         """A sampler starts, for an entry of the queue; None where nobody says which."""
         if queued is None or queued != self._queued:
-            self._told = []
+            self._told, self._shown = [], 0
         self._told.append([])
         self._queued = queued
 
@@ -40,12 +41,16 @@ class CacheLog:
 
         Args:
             queued: the entry; None where nobody says which it is.
-            last: how many samplings, the last one being among them; None for all of the entry.
+            last: how many samplings, the last one being among them; None for those that no report has shown yet (two
+                samplers may share a cache), or all of the entry where another report node has.
         """
         if not self._told:
             return nothing(NEVER)
         heading = CACHED if None not in (queued, self._queued) and queued != self._queued else ""
-        told = [text for texts in self._told[-last if last else None :] for text in texts]
+        first = len(self._told) - last if last else self._shown
+        if last is None and not heading:
+            self._shown = len(self._told)
+        told = [text for texts in self._told[first if first < len(self._told) else 0 :] for text in texts]
         notes = tuple(f"{self.title}: {text}" for text in told or [self._otherwise])
         return News(RunReport("", {}, (), notes), heading)
 

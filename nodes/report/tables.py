@@ -22,8 +22,7 @@ def report_text(news: News) -> str:
     report = news.report
     lines = [news.heading] if news.heading else []
     if report.method:
-        given = {name: value for name, value in report.config.items() if value not in ("", None)}
-        settings = ", ".join(f"{name} {_shown(value)}" for name, value in given.items())
+        settings = ", ".join(f"{name} {_shown(value)}" for name, value in report.settings().items())
         lines.append(f"{report.method}: {settings}")
         if report.records or not news.heading:
             lines += filter(None, [why_dense(report)])
@@ -66,7 +65,7 @@ def _errors(run: RunReport) -> list[str]:
     """The measured errors of a run: in words, and a table of the steps where there are some."""
     calls = run.measured()
     if not calls:
-        words = run.error_in_words()  # of a method that measures itself
+        words = run.error_in_words(first_step=1)  # of a method that measures itself
         return [f"{words[0].upper()}{words[1:]}."] if words else []
     of_models = len({call.model for call in calls}) > 1
     predicts = any(call.predicted_error is not None for call in calls)
@@ -131,7 +130,7 @@ def _picture(shown: HeatMap) -> torch.Tensor:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     values = shown.values if shown.values.size else np.full((1, 1), np.nan)
-    figure = heat_map(values, shown.label, top=shown.top)
+    figure = heat_map(values, shown.label, top=shown.top, first_step=1)
     figure.set(dpi=144, facecolor="white")
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
@@ -42,12 +43,12 @@ class InputError(ValueError):
 
 
 @contextmanager
-def plain_messages() -> Iterator[None]:
-    """Name the fields of a request as the inputs of the nodes are named."""
+def plain_messages(**inputs: str) -> Iterator[None]:
+    """Name the fields of a request as the inputs of the nodes are named; those of `inputs` as that says."""
     try:
         yield
     except BadInput as error:
-        raise InputError(error.worded(_input_of)) from error
+        raise InputError(error.worded(lambda field: inputs.get(field) or _input_of(field))) from error
 
 
 def plain(note: str) -> str:
@@ -57,6 +58,20 @@ def plain(note: str) -> str:
 
 def _input_of(field: str) -> str:
     return _FIELDS.get(field, field)
+
+
+@contextmanager
+def said_of_inputs(kind: str, **inputs: str) -> Iterator[None]:
+    """What is wrong with settings of a class that is made of inputs, which a link may have given.
+
+    Args:
+        kind: the class. inputs: its fields that the node calls otherwise.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = re.sub(rf"\b{kind}\.(\w+)", lambda match: inputs.get(match[1], match[1]), str(error))
+        raise InputError(text) from error
 
 
 def video_words(layout: VideoLayout) -> str:

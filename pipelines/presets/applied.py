@@ -167,8 +167,7 @@ class Applied:
         others = sorted({s.num_steps for s in steps if s.num_steps is not None} - {wanted})
         if wanted is not None and others:
             notes.append(
-                f"the preset is for {wanted} steps, and a run has {', '.join(map(str, others))}: call the pipeline "
-                "with **handle.arguments"
+                f"the preset is for {wanted} steps (num_inference_steps), and a run has {', '.join(map(str, others))}"
             )
         last = max((each.run for each in passes), default=None)
         for watch in self._watches:

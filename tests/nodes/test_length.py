@@ -10,8 +10,9 @@ from length_adapters import write_length
 from vidaccel import demo
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.pipeline.acceleration import Acceleration
+from vidaccel.nodes.pipeline.generating import generate
 from vidaccel.nodes.pipeline.loras import Lora
-from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.pipelines import load
 from vidaccel.nodes.pipeline.residency import Residency
 from vidaccel.nodes.report.wording import InputError
 

@@ -15,8 +15,8 @@ from tiny_wan import generate, make_pipe, make_transformer
 
 from vidaccel import demo
 from vidaccel.generation.requests.settings import Settings
+from vidaccel.nodes.pipeline.generating import generate as run_pipeline
 from vidaccel.nodes.pipeline.loras import Lora, attach
-from vidaccel.nodes.pipeline.pipelines import generate as run_pipeline
 from vidaccel.nodes.pipeline.pipelines import load
 from vidaccel.nodes.pipeline.residency import Residency
 from vidaccel.nodes.report.wording import InputError

@@ -6,6 +6,7 @@ Set `COMFYUI_PATH` to a checkout of ComfyUI whose requirements are installed, to
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import replace
 
 import pytest
@@ -89,7 +90,12 @@ def test_nothing_within_the_tolerance_is_told_with_what_would_be(caplog):
         sample(model, description, steps=STEPS)
     )
     assert "all 8 steps were computed; the best forecast is estimated to be off by" in caplog.text
+    caplog.clear()
     assert sample(cache_steps(model, ANYTHING), description).equal(unpatched)  # 4 steps: three, and the last one
+    reason = "first_steps 3 (the first 3 are, whatever it says) and last_steps 1 say so: lower them, or make more steps"
+    assert f"all 4 steps were computed; {reason}." in caplog.text
+    sample(cache_steps(model, ForecastSettings(1e6, last_steps=100)), description, steps=STEPS)
+    assert "and last_steps 100 say so" in caplog.text and "raise tolerance" not in caplog.text
 
 
 def test_a_sampler_that_does_not_evaluate_in_its_last_step_gets_the_reason(caplog):
@@ -114,7 +120,19 @@ def test_static_windows_are_forecast_however_many_there_are(frames, caplog):
     clone = cache_steps(windowed(model, "standard_static", 5, 2), ANYTHING)
     with caplog.at_level(logging.INFO, LOG):
         sample(clone, description, latent=(frames, 4, 4), steps=STEPS)
-    assert f"4 of {STEPS} steps were left out" in caplog.text
+    (told,) = re.findall(r"(\d+) of (\d+) evaluations of context windows were left out", caplog.text)
+    left_out, count = map(int, told)
+    assert 2 * left_out == count and count % STEPS == 0 and count > STEPS
+
+
+def test_of_windows_that_move_each_is_counted(caplog):
+    """What some of a step's windows made stood for nothing, since others were computed."""
+    description, model, _ = tiny("wan_t2v")
+    clone = cache_steps(windowed(model, "standard_uniform", 5, 2), ANYTHING)
+    with caplog.at_level(logging.INFO, LOG):
+        sample(clone, description, latent=(15, *description.latent[1:]), steps=STEPS + 4)
+    told = re.search(r"(\d+) of \d+ evaluations of context windows were left out", caplog.text)
+    assert "were computed" in caplog.text or int(told[1]) > 0
 
 
 def test_of_windows_that_come_and_go_the_last_are_kept():

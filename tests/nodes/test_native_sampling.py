@@ -166,6 +166,13 @@ def test_a_layer_that_the_model_lacks_is_refused():
         parse_layers("0,30", 30)
 
 
+def test_all_layers_are_refused():
+    for text in ("0-29", "0-14, 15-29"):
+        with pytest.raises(ValueError, match=f"dense_layers is {text}: those are all 30 layers .* nothing would be sp"):
+            parse_layers(text, 30)
+    assert len(parse_layers("1-29", 30)) == 29 and len(parse_layers("0-29")) == 30
+
+
 def test_branches_keep_their_names_in_any_company():
     known = {}
     both = {"cond_or_uncond": [1, 0], "uuids": ["n", "p"]}

@@ -7,7 +7,8 @@ import torch
 from families import hunyuan, ltx
 
 from vidaccel.generation.requests.settings import Settings
-from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.generating import generate
+from vidaccel.nodes.pipeline.pipelines import load
 from vidaccel.nodes.pipeline.previews import has_known_latents
 from vidaccel.nodes.pipeline.residency import Residency
 

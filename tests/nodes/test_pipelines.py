@@ -21,13 +21,14 @@ from vidaccel.generation.errors import BadInput
 from vidaccel.generation.levers.methods import MIN_SPARSE_TOKENS
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.generation.tuning.store import store
-from vidaccel.nodes.adapter_files import state_of_pipeline
 from vidaccel.nodes.pipeline import inputs, pipelines
 from vidaccel.nodes.pipeline.acceleration import METHODS, Acceleration
-from vidaccel.nodes.pipeline.pipelines import find_pipelines, generate, load, locate
+from vidaccel.nodes.pipeline.generating import generate
+from vidaccel.nodes.pipeline.pipelines import find_pipelines, load, locate
 from vidaccel.nodes.pipeline.residency import Residency
 from vidaccel.nodes.report.tables import report_image, report_text
 from vidaccel.nodes.report.wording import InputError
+from vidaccel.nodes.watched import state_of_pipeline
 from vidaccel.pipelines.break_even import BreakEven, Key
 from vidaccel.pipelines.few_steps import convert_fastwan
 
@@ -96,7 +97,8 @@ def test_guidance_in_one_pass(pipeline, adapter):
     with vidaccel.guidance_free(pipeline.pipe, adapter):
         wanted = generate(pipeline, settings(), on_step=ignore)
     assert torch.equal(made.frames, wanted.frames)
-    assert "guidance 2 in one pass" in report_text(made.report.news())
+    text = report_text(made.report.news())
+    assert "guidance 2 in one pass" in text and "Nothing was accelerated" not in text
     fast = generate(guided.accelerated(Acceleration(density=0.5)), settings(), on_step=ignore)
     assert "tangent: density 0.5" in report_text(fast.report.news()) and not torch.equal(fast.frames, made.frames)
     assert torch.equal(generate(pipeline, settings(), on_step=ignore).frames, before.frames)
@@ -349,8 +351,11 @@ def test_a_pipeline_whose_files_were_changed_is_another(tmp_path):
 
 @pytest.mark.parametrize("model", ["{}", "/no/such/folder"])
 def test_a_folder_that_is_no_pipeline(tmp_path, model):
-    with pytest.raises(InputError, match=r"^pipeline is .*: it is (no diffusers pipeline|neither .*, nor a folder)"):
+    words = "is .*: it is (no diffusers pipeline|neither .*, nor a folder)"
+    with pytest.raises(InputError, match=f"^pipeline {words}"):
         load(model.format(tmp_path), "auto", Residency(CPU, lambda *_: None))
+    with pytest.raises(InputError, match=f"^hub_id {words}"):  # where that input named it
+        load(model.format(tmp_path), "auto", Residency(CPU, lambda *_: None), field="hub_id")
 
 
 def test_weights_that_are_damaged(tmp_path):
@@ -429,7 +434,9 @@ def test_a_video_to_start_from(pipeline, moved):
     other = generate(pipeline, settings(frames=None, steps=4), video=clip(still), on_step=ignore).frames
     assert again.shape == other.shape == (9, 64, 64, 3) and not torch.allclose(again, other)
     assert {name for name, _ in moved} == {"UMT5EncoderModel", "WanTransformer3DModel", "AutoencoderKLWan"}
-    near = generate(pipeline, settings(frames=None, steps=4, strength=0.25), video=clip(made), on_step=ignore).frames
+    part = generate(pipeline, settings(frames=None, steps=4, strength=0.25), video=clip(made), on_step=ignore)
+    assert "64x64, 1 of 4 steps (strength 0.25), guidance 2" in report_text(part.report.news())
+    near = part.frames
     assert (near - made).abs().mean() < (other - made).abs().mean()
     sparse = pipeline.accelerated(Acceleration(density=0.5))
     report = generate(sparse, settings(frames=None, steps=4), video=clip(made), on_step=ignore).report.news().report

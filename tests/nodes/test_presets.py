@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import vidaccel
-from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial
+from vidaccel import SLA, SVG2, VSA, DenseSchedule, Preset, Radial, Tangent, demo
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.native.models import GEOMETRIES
 from vidaccel.nodes.pipeline import pipelines
 from vidaccel.nodes.pipeline.acceleration import Acceleration
-from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.generating import generate
+from vidaccel.nodes.pipeline.pipelines import load
 from vidaccel.nodes.pipeline.residency import Residency
 from vidaccel.nodes.presets import (
     chosen_preset,
@@ -100,6 +101,63 @@ def test_a_cache_beside_accelerate_pipeline(pipeline):
     both = with_preset(pipeline, Preset(name="a", cache=EAGER)).accelerated(Acceleration(density=0.5))
     text = report_text(made(both, steps=4).report.news())
     assert text.startswith("tangent: density 0.5") and "6 skipped" in text
+
+
+ONE_PASS = Preset(name="a", guidance_free=("own",))
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        (ONE_PASS, {"negative_prompt": "ugly"}, "^negative_prompt is of no use with a guidance-free adapter"),
+        (ONE_PASS, {"guidance_scale": 1.0}, "^guidance is 1: the preset puts guidance into one pass, and 1 is none"),
+        (ONE_PASS, {"guidance_scale": 30.0}, "^guidance is 30.0: guidance_free.safetensors was trained up to 4"),
+        (
+            ONE_PASS.replace(guidance_scale=30.0),
+            {},
+            "^preset cannot be used: guidance_scale is 30.0: guidance_free.safetensors was trained up to 4",
+        ),
+        (Preset(name="a", guidance_cache=2), {"guidance_scale": 1.0}, "^preset cannot be used: guidance_cache: .*is w"),
+        (Preset(name="a", guidance_cache=2), {"steps": 2}, "^preset cannot be used: guidance_cache: .* all 2 steps"),
+        (
+            Preset(name="a", method=Tangent(density=0.01)),
+            {},
+            "^preset cannot be used: attention.method is tangent: Tangent density is 0.01, but .*: raise density to",
+        ),
+    ],
+)
+def test_what_a_preset_cannot_do_with_a_video_is_refused_before_it_runs(pipeline, preset, changes, message):
+    with pytest.raises(InputError, match=message), torch.inference_mode():
+        generate(with_preset(pipeline, preset), settings(**changes), on_step=lambda *_: pytest.fail("a step was made"))
+
+
+def test_an_adapter_for_few_steps_in_a_preset_brings_its_steps():
+    pipeline = load("demo-dc", "auto", Residency(torch.device("cpu"), lambda part, memory: None))
+    few = Preset(name="few", guidance_free=(Path(demo.path(demo.DC), "transformer", "few_steps_4.safetensors"),))
+    own = {"frames": None, "height": None, "width": None}
+    text = report_text(made(with_preset(pipeline, few), **own).report.news())
+    assert "4 steps, guidance 2 in one pass" in text
+    for preset, changes, message in (
+        (few, {"steps": 6}, "^steps is 6: few_steps_4.safetensors was distilled to 4 steps"),
+        (few.replace(num_inference_steps=6), {}, "^preset cannot be used: num_inference_steps is 6: few_steps_4"),
+        (
+            few.replace(scheduler=SchedulerChoice("UniPCMultistepScheduler")),
+            {},
+            "^preset cannot be used: scheduler is UniPCMultistepScheduler: few_steps_4",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            made(with_preset(pipeline, preset), **own, **changes)
+
+
+def test_the_report_of_a_preset_speaks_of_presets(pipeline):
+    """In the words of its fields, and with what `generate` says of it."""
+    preset = Preset(name="a", method=SPARSE, num_inference_steps=4, measured={"guidance_scale": 5.0}, model="other/one")
+    text = report_text(made(with_preset(pipeline, preset), steps=3).report.news())
+    assert text.startswith("svg2: first_steps 1, density 0.5, ") and "DenseSchedule" not in text
+    assert "the preset is for 4 steps (num_inference_steps), and a run has 3" in text and "handle" not in text
+    assert "Note: The preset a was measured with steps 4 (here 3), guidance scale 5 (here 2)" in text
+    assert "Note: The preset a was measured with other/one; with demo, " in text
 
 
 def test_what_two_nodes_set_is_refused(pipeline):

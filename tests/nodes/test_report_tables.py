@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from vidaccel.attention import CallRecord, RunReport
+from vidaccel.attention import CallRecord, DenseSchedule, RunReport
 from vidaccel.nodes.report.news import GenerationReport, News
 from vidaccel.nodes.report.tables import report_image, report_text, side_by_side
 
@@ -35,6 +35,22 @@ def report(*records: CallRecord, notes: tuple[str, ...] = ()) -> RunReport:
 
 def text_of(shown: RunReport) -> str:
     return report_text(News(shown))
+
+
+def test_steps_are_counted_from_1_wherever_they_are_told():
+    own = {"predicted_error": 0.1, "error_is_measured": True}
+    text = text_of(report(record(step=0), record(step=1, details=own)))
+    assert "    2/2    0.250" in text and "worst 10.0% in layer 0 at step 2 (cond)." in text
+
+
+def test_a_schedule_is_told_field_by_field():
+    schedule = DenseSchedule(first_steps=0.2, sigma_above=0.9)
+    for given, words in (
+        (schedule, "first_steps 0.2, sigma_above 0.9, density 0.5"),
+        (DenseSchedule(), "first_steps 0,"),
+    ):
+        shown = RunReport("svg2", {"schedule": given, "density": 0.5, "q_clusters": None}, (record(),))
+        assert text_of(shown).startswith(f"svg2: {words}")
 
 
 def test_the_table_says_what_each_step_did():

@@ -11,7 +11,8 @@ from sla_models import write_adapter, write_model
 import vidaccel
 from vidaccel.generation.requests.settings import Settings
 from vidaccel.nodes.native.sla import LearnedSLA, matrices_and_projections, open_adapter
-from vidaccel.nodes.pipeline.pipelines import generate, load
+from vidaccel.nodes.pipeline.generating import generate
+from vidaccel.nodes.pipeline.pipelines import load
 from vidaccel.nodes.pipeline.residency import Residency
 from vidaccel.nodes.report.tables import report_text
 from vidaccel.nodes.report.wording import InputError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def test_a_preset_is_found_that_apply_preset_takes(pipeline, tune, tmp_path):
     assert made.preset.cache == Cache("first_block", 1e3) and made.preset.model == "demo"
     assert load_preset(tmp_path / "t" / "preset.yaml").cache == made.preset.cache
     assert made.text.startswith("first_block 1000: ") and f"page: {tmp_path / 't' / 'tune.html'}" in made.text
+    (ratio,) = re.findall(
+        r"([\d.]+) times as fast in turns with dense, [\d.]+ dB: first_block 1000 \(chosen\)", made.text
+    )
+    assert f"first_block 1000: {ratio} times as fast as dense" in made.text
     assert with_preset(pipeline, made.preset).preset is made.preset
     done = [each for each, _ in shown]
     assert done == sorted(done) and done[-1] >= 2 and all(d <= t for d, t in shown if t is not None)

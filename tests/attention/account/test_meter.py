@@ -234,6 +234,8 @@ class TestReport:
         assert len(report.measured()) == bool(rows) * 2
         assert 0.05 >= worst.own_error >= other.own_error >= 0
         assert report.predicted_error_map()[worst.layer, 0] == worst.own_error
+        for first in (0, 1):
+            assert f"at step {first} (" in report.error_in_words(first)
         own = "error of the output in 2 sparse calls, on the queries that the method measured: median"
         assert (own in str(report)) == (rows == 0)
         assert ("the method itself measured a median of" in str(report)) == (rows > 0)

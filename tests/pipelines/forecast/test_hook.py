@@ -40,6 +40,10 @@ def test_it_tells_how_far_off_the_best_forecast_would_have_been():
         told, idle = handle.report().notes
     assert told.startswith("forecast: the best one for the transformer is estimated to be off by ")
     assert idle.endswith("skipped no pass: raise the threshold, or make more steps")
+    with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 1e6))) as handle:
+        generate(pipe, steps=4)
+        (idle,) = handle.report().notes
+    assert idle.endswith("skipped no pass: a run of 4 steps has none that it may forecast; make more steps")
     off = float(told.rpartition(" ")[2])
     with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 1.01 * off))) as handle:
         assert not generate(pipe, steps=8).equal(plain)

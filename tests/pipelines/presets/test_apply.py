@@ -407,8 +407,8 @@ def test_settings_of_the_same_name_are_not_taken_over():
 def test_a_run_with_other_steps_is_told(pipe):
     with vidaccel.apply(pipe, Preset(num_inference_steps=4, **SPARSE)) as handle:
         generate(pipe, 6)
-    (note,) = [note for note in handle.report().notes if "handle.arguments" in note]
-    assert "for 4 steps, and a run has 6" in note
+    (note,) = [note for note in handle.report().notes if "num_inference_steps" in note]
+    assert "for 4 steps (num_inference_steps), and a run has 6" in note
 
 
 def test_a_copy_of_the_transformer_leaves_the_pipeline_alone_and_cannot_be_pickled():
