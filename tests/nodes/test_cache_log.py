@@ -54,19 +54,15 @@ def test_of_the_last_samplings_alone(log):
     assert notes(log, "entry") == ["first", "second", "third"]
 
 
-def test_settings_are_refused_in_the_words_of_inputs():
-    with (
-        pytest.raises(InputError, match="^max_consecutive is -5: it counts steps"),
-        said_of_inputs("ForecastSettings", most="max_consecutive"),
-    ):
-        ForecastSettings(most=-5)
-    with (
-        pytest.raises(InputError, match=r"^first_percent is 2\.0"),
-        said_of_inputs("GuidanceCache", first_steps="first_percent"),
-    ):
-        GuidanceCache(first_steps=2.0)
-    with (
-        pytest.raises(InputError, match="^tolerance is -1"),
-        said_of_inputs("ForecastSettings", most="max_consecutive"),
-    ):
-        ForecastSettings(-1)
+@pytest.mark.parametrize(
+    ("made", "renamed", "message"),
+    [
+        (lambda: ForecastSettings(most=-5), {"most": "max_consecutive"}, "^max_consecutive is -5: it counts steps"),
+        (lambda: ForecastSettings(-1), {"most": "max_consecutive"}, "^tolerance is -1"),
+        (lambda: GuidanceCache(first_steps=2.0), {"first_steps": "first_percent"}, r"^first_percent is 2\.0"),
+    ],
+)
+def test_settings_are_refused_in_the_words_of_inputs(made, renamed, message):
+    kind = "GuidanceCache" if "first_steps" in renamed else "ForecastSettings"
+    with pytest.raises(InputError, match=message), said_of_inputs(kind, **renamed):
+        made()

@@ -59,7 +59,7 @@ def test_a_link_to_nowhere_keeps_no_node_from_loading(models):
     (menu,) = [each for each in schemas["VidaccelApplyVSA"].inputs if each.id == "gates"]
     assert "gone.safetensors" in menu.options and "there.safetensors" in menu.options
     assert APPLY_VSA.fingerprint_inputs("gone.safetensors", "") is None
-    assert APPLY_VSA.fingerprint_inputs("there.safetensors", None)[0][0] == "there.safetensors"
+    assert APPLY_VSA.fingerprint_inputs("there.safetensors", None)[0][0][0] == "there.safetensors"
     with pytest.raises(InputError, match="gates is gone.safetensors: it is no longer there; there are there"):
         APPLY_VSA.execute(None, "gone.safetensors", "", 0.0)
 

@@ -154,7 +154,7 @@ def test_the_report_of_a_preset_speaks_of_presets(pipeline):
     """In the words of its fields, and with what `generate` says of it."""
     preset = Preset(name="a", method=SPARSE, num_inference_steps=4, measured={"guidance_scale": 5.0}, model="other/one")
     text = report_text(made(with_preset(pipeline, preset), steps=3).report.news())
-    assert text.startswith("svg2: first_steps 1, density 0.5, ") and "DenseSchedule" not in text
+    assert text.startswith("svg2: first_steps 1, q_clusters 4, ") and "DenseSchedule" not in text
     assert "the preset is for 4 steps (num_inference_steps), and a run has 3" in text and "handle" not in text
     assert "Note: The preset a was measured with steps 4 (here 3), guidance scale 5 (here 2)" in text
     assert "Note: The preset a was measured with other/one; with demo, " in text

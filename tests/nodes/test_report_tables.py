@@ -40,7 +40,7 @@ def text_of(shown: RunReport) -> str:
 def test_steps_are_counted_from_1_wherever_they_are_told():
     own = {"predicted_error": 0.1, "error_is_measured": True}
     text = text_of(report(record(step=0), record(step=1, details=own)))
-    assert "    2/2    0.250" in text and "worst 10.0% in layer 0 at step 2 (cond)." in text
+    assert "    2/2    0.250" in text and "worst 10 % in layer 0 at step 2 (cond)." in text
 
 
 def test_a_schedule_is_told_field_by_field():

@@ -18,7 +18,7 @@ from vidaccel.pipelines.forecast.settings import FIRST, ForecastSettings
         ({"tolerance": "0.1"}, r"tolerance is '0\.1'"),
         ({"most": -5}, r"^ForecastSettings\.most is -5: it counts steps, as a whole number of 0 or more"),
         ({"first_steps": 0.2}, r"first_steps is 0\.2"),
-        ({"last_steps": np.int64(2)}, r"last_steps is np\.int64\(2\).* Give int\("),
+        ({"last_steps": np.int64(2)}, r"last_steps is np\.int64\(2\).* give a number of Python"),
     ],
 )
 def test_values_out_of_their_bounds(values, message):
