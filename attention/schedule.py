@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from .account.plain_values import of_python
 
-OTHERWISE = "give DenseSchedule whole numbers for another choice"
+OTHERWISE = "whole numbers, in the place of fractions, say otherwise"
 """What a remark ends with, for who can."""
 _UNKNOWN = (
     "how many steps it has is unknown here, where the scheduler that runs is not that of the accelerated pipeline. "

@@ -99,8 +99,7 @@ def generate(
         if acceleration is not None:
             acceleration, limit = acceleration.on(facts, device, dtype)
             pipeline = replace(pipeline, acceleration=acceleration)
-        with said_of_preset(request.of_preset):
-            method = _method(pipeline, acceleration, request, layout)
+        method = _method(pipeline, acceleration, request, layout)
         check_trained(pipeline.trained, {"": method}, layout)
         riflex = chosen_riflex("plain", pipeline.trained, facts)
         pipeline.residency.begin(pipeline.pipe, layout, settings, method)
@@ -149,7 +148,10 @@ def _method(
         return pipeline.trained[0].method
     if acceleration is not None:
         return acceleration.method_for(layout)
-    return None if request.method is None else as_given(request.method, Sparse(), layout)
+    if request.method is None:
+        return None
+    with said_of_preset(request.of_preset):
+        return as_given(request.method, Sparse(), layout)
 
 
 def _options(pipeline: VideoPipeline) -> dict[str, Any]:
@@ -161,8 +163,8 @@ def _options(pipeline: VideoPipeline) -> dict[str, Any]:
         options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
     if preset is not None:
         options |= {"beside": preset, "base": pipeline.facts.location}
-        options.setdefault("backend", preset.backend)
-        options.setdefault("adapter", preset.sla)
+        for name, value in {"backend": preset.backend, "precision": preset.precision, "adapter": preset.sla}.items():
+            options.setdefault(name, value)
     return options
 
 

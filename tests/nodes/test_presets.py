@@ -160,6 +160,17 @@ def test_the_report_of_a_preset_speaks_of_presets(pipeline):
     assert "Note: The preset a was measured with other/one; with demo, " in text
 
 
+def test_what_a_preset_has_beside_its_method_comes_with_it(pipeline):
+    fast = Preset(name="a", method=SPARSE, backend="gather")
+    text = report_text(made(with_preset(pipeline, fast), steps=2).report.news())
+    assert "backend gather" in text
+    fraction = fast.replace(method=Tangent(density=0.5))
+    text = report_text(made(with_preset(pipeline, fraction), steps=2).report.news())
+    assert "half of it or more: whole numbers, in the place of fractions, say" in text
+    with pytest.raises(InputError, match="^preset cannot be used: precision is int8: nothing can run this call"):
+        made(with_preset(pipeline, fast.replace(precision="int8", backend="auto")))
+
+
 def test_what_two_nodes_set_is_refused(pipeline):
     with_method, fast = Preset(name="a", method=Radial()), pipeline.accelerated(Acceleration())
     for attempt, message in (
