@@ -1,4 +1,5 @@
-"""What an engine refuses: calls that no backend here can compute, and numbers that no plan can be made from."""
+"""What an engine refuses: calls that no backend here can compute, numbers that no plan can be made from, plans that are
+none."""
 
 from __future__ import annotations
 
@@ -8,7 +9,9 @@ from .backends import nothing_is_fast, pick, pick_special
 from .backends.base import AS_INPUTS, Precision, Request
 from .gradients import wants_gradient
 from .heads import HeadShare
+from .layout import VideoLayout
 from .methods import Method
+from .plan import BlockPlan
 from .schedule import StepInfo
 
 
@@ -29,6 +32,13 @@ class CallChecks:
         self._method, self._backend, self._formats = method, backend, formats
         self._able: set[tuple] = set()  # kinds of calls that were found to have a backend
         self._finite: tuple[int, int] | None = None  # run and step that were looked at last
+        # A method of the package keeps the promises of its plans, which its tests see to.
+        self._is_own = type(method).__module__.partition(".")[0] != __name__.partition(".")[0]
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """A run ends: the plans of the next are looked at again."""
+        self._seen: set[VideoLayout] = set()  # layouts of which a plan of somebody's own method was
 
     def able(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Refuse what no backend here can compute in the first call of a run, be it dense, and not at the first sparse
@@ -73,3 +83,18 @@ class CallChecks:
                     f"{layer} at step {step.step}: no plan can be made from them. Check the weights and the dtype "
                     f"({x.dtype}); bfloat16 overflows less than float16."
                 )
+
+    def plan(self, plan: BlockPlan, layout: VideoLayout) -> None:
+        """Refuse what no shipped method makes; once a run for each layout, since the device has to be waited for."""
+        if not self._is_own:
+            return
+        cls = type(self._method).__name__
+        if not isinstance(plan, BlockPlan):
+            raise TypeError(f"{cls}.plan returned {plan!r}: it must return a BlockPlan, such as BlockPlan.dense(...).")
+        if layout in self._seen:
+            return
+        try:
+            plan.validate()
+        except ValueError as error:
+            raise ValueError(f"{cls}.plan, for {layout}: {error}") from error
+        self._seen.add(layout)

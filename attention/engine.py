@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from .account.meter import added_in, check_rows, relative_error, sample_rows
+from .account.notes import Notes
 from .account.pending import KeptRecords, Pending
 from .account.records import RunReport, call_of, dropped_note
 from .account.timing import Span
@@ -94,10 +94,8 @@ class SparseAttention:
         self.layouts: tuple[VideoLayout, ...] = ()
         # The last ones that the method was found to be able to do, each with what it remarks of their grid.
         self._fitting: dict[VideoLayout, str] = {}
-        # A method of the package keeps the promises of its plans, which its tests see to.
-        self._is_own = type(self.method).__module__.partition(".")[0] != __name__.partition(".")[0]
         self._checks = CallChecks(self.method, self.backend, self._formats)
-        self._logged: set[str] = set()  # kinds of notes, which a training forgets at every step
+        self._notes = Notes(model, logger)
         self._passes = PassPlans()
         self._frozen, self._entered_with_gradients = False, False
         self.reset()
@@ -106,7 +104,7 @@ class SparseAttention:
         """Forget every plan, centroid and record."""
         self.forget()
         self._records = KeptRecords(self.model, self.method.name)
-        self._notes: dict[str, int] = {}  # each with the last call that it was true of
+        self._notes.forget()
 
     def forget(self) -> None:
         """Forget every plan and centroid, which can be gigabytes on a large model; the records stay."""
@@ -116,7 +114,7 @@ class SparseAttention:
     def forget_run(self) -> None:
         """Forget what is of one run alone, at its end; plans that a backward pass needs stay."""
         self.memory.forget_run()
-        self._seen: set[VideoLayout] = set()  # layouts of which a plan of somebody's own method was looked at
+        self._checks.forget_run()
 
     def forget_branches(self, branches: Collection[str]) -> None:
         """Forget what is kept for some branches of the run, which will not come again or not soon."""
@@ -151,8 +149,7 @@ class SparseAttention:
         """
         if step.run != self.step.run:
             self._forget_run()
-            first = self._records.begin(step)
-            self._notes = {note: call for note, call in self._notes.items() if call >= first}
+            self._notes.keep(self._records.begin(step))
         if step.run != self.step.run or step.num_steps != self.step.num_steps or layouts != self.layouts:
             self._warn_of_schedule(step)
         self._passes.drop()
@@ -351,12 +348,7 @@ class SparseAttention:
             level: see above.
             step: of the forward pass; None for that which was entered last.
         """
-        call = call_of(self.step if step is None else step)
-        if (known := self._notes.get(text)) is None or known < call:
-            self._notes[text] = call
-        if known is None and (kind := re.sub(r"\d[\d.,]*", "0", text)) not in self._logged:
-            self._logged.add(kind)
-            logger.log(level, "%s: %s", self.model, text)
+        self._notes.add(text, level, call_of(self.step if step is None else step))
 
     def report(self) -> RunReport:
         """Everything since the last `reset`, of the last few runs."""
@@ -366,8 +358,8 @@ class SparseAttention:
             config["measure_error"] = self.measure_error
         if self.precision is not None:
             config["precision"] = self.precision
-        notes = (*self._notes, *dropped_note(self.oldest_run))
-        return RunReport(self.method.name, config, tuple(self._records.all()), notes, dict(self._notes))
+        notes = (*self.notes, *dropped_note(self.oldest_run))
+        return RunReport(self.method.name, config, tuple(self._records.all()), notes, self.noted)
 
     @property
     def oldest_run(self) -> int:
@@ -377,12 +369,12 @@ class SparseAttention:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was noted, without what the report says of dropped records."""
-        return tuple(self._notes)
+        return tuple(self.noted)
 
     @property
     def noted(self) -> dict[str, int]:
         """The same, each with the last call that it was true of."""
-        return dict(self._notes)
+        return self._notes.noted()
 
     def _plan(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: int, sample: int, heads: HeadShare
@@ -402,24 +394,10 @@ class SparseAttention:
         # Under autocast, products would lose the float32 that methods compute in.
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             plan = self.method.plan(q, k, v, layout, memory)
-        if self._is_own:
-            self._check_plan(plan, layout)
+        self._checks.plan(plan, layout)
         if self.with_gradients or wants_gradient(q, k, v):
             self._passes.keep(key, plan if plan.coarse is None else replace(plan, coarse=None))
         return plan
-
-    def _check_plan(self, plan: BlockPlan, layout: VideoLayout) -> None:
-        """Refuse what no shipped method makes; once a run for each layout, since the device has to be waited for."""
-        cls = type(self.method).__name__
-        if not isinstance(plan, BlockPlan):
-            raise TypeError(f"{cls}.plan returned {plan!r}: it must return a BlockPlan, such as BlockPlan.dense(...).")
-        if layout in self._seen:
-            return
-        try:
-            plan.validate()
-        except ValueError as error:
-            raise ValueError(f"{cls}.plan, for {layout}: {error}") from error
-        self._seen.add(layout)
 
     def _measured_rows(self, q: torch.Tensor, layer: int, first: int) -> torch.Tensor | None:
         """The queries whose error is measured, `[R]` int64, from the `first` on: others in each layer and step, the
