@@ -103,6 +103,19 @@ class SparseAttention:
     def reset(self) -> None:
         """Forget every plan, centroid and record."""
         self.forget()
+        self._forget_records()
+
+    def begin_anew(self, turn: int = 0) -> None:
+        """As `reset`, as a run begins; but static masks stay, which depend on the layout alone.
+
+        Args:
+            turn: see `PlanMemory`.
+        """
+        self._forget_run()
+        self._forget_records()
+        self.memory.turn = turn
+
+    def _forget_records(self) -> None:
         self._records = KeptRecords(self.model, self.method.name)
         self._notes.forget()
 

@@ -35,6 +35,8 @@ class EngineMemory:
     """The memories of all calls, of which those of the layouts that were used last stay."""
 
     def __init__(self) -> None:
+        self.turn = 0
+        """See `PlanMemory`."""
         self.layouts: dict[Place, dict[Any, Any]] = {}  # the one that was used last is the last
         self.forget_run()
 
@@ -61,7 +63,8 @@ class EngineMemory:
         if heads is not kept.heads:
             kept = kept._replace(call=heads.taken_over(kept.call, kept.heads), heads=heads)
         self.calls[key] = kept
-        return PlanMemory(kept.call, self._of_place(place, in_a_pass), self._run, heads, kept.counts, kept.drawn)
+        of_place = self._of_place(place, in_a_pass)
+        return PlanMemory(kept.call, of_place, self._run, heads, kept.counts, kept.drawn, self.turn)
 
     def _of_place(self, place: Place, in_a_pass: int) -> dict[Any, Any]:
         """That of a layout on a device, which is now the one used last; what is kept of layouts of long ago goes."""

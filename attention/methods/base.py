@@ -58,6 +58,8 @@ class PlanMemory:
         heads: what is decided over all heads of a layer, or by a head's number, goes through it.
         counts: how often one call was made, which a training counts on; emptied when a run starts.
         drawn: what was drawn for one call without a look at q, k and v, which a training keeps; emptied as `counts`.
+        turn: where a run begins of what differs from step to step; a training, whose steps are runs of one pass, counts
+            on from one to the next.
     """
 
     call: dict[str, Any] = field(default_factory=dict)
@@ -66,6 +68,7 @@ class PlanMemory:
     heads: HeadShare = ALL_HEADS
     counts: dict[str, int] = field(default_factory=dict)
     drawn: dict[str, Any] = field(default_factory=dict)
+    turn: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,7 +147,7 @@ class LVSA(Method):
     ) -> BlockPlan:
         """The plan of this step, one for all batches and heads, of which `memory.layout` has one for each turn."""
         interval = self.interval_of(layout.frames)
-        turn = memory.counts.get("turn", 0) % interval if self.rotate else 0
+        turn = memory.counts.get("turn", memory.turn) % interval if self.rotate else 0
         memory.counts["turn"] = turn + 1
         if (self, layout, turn) not in memory.layout:
             memory.layout[self, layout, turn] = self._plan_at(layout, turn).to(q.device).with_details(interval=interval)

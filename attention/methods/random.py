@@ -74,7 +74,8 @@ class RandomBlocks(Method):
         if "random" in memory.drawn:
             return memory.drawn["random"]
         if "generator" not in memory.run:
-            memory.run["generator"] = torch.Generator("cpu").manual_seed(self.seed)
+            seed = self.seed + (memory.turn if self.redraw else 0)
+            memory.run["generator"] = torch.Generator("cpu").manual_seed(seed)
         batch, heads, length = q.shape[:3]
         batch = batch if self.redraw else 1
         blocks = self._blocks(length)

@@ -93,7 +93,7 @@ class SVG(Method):
         if (self, layout) not in memory.layout:
             memory.layout[self, layout] = _Static(self, layout, q.device)
         static: _Static = memory.layout[self, layout]
-        calls = memory.counts.get("svg_calls", 0)
+        calls = memory.counts.get("svg_calls", memory.turn)
         memory.counts["svg_calls"] = calls + 1
         temporal = static.profile(q, k, v, calls % ROW_SETS)
         return static.combine(temporal).with_details(temporal=temporal.float().mean(0))

@@ -75,9 +75,10 @@ class GuidedLora(FlowLora):
     def of_base(
         self, model: nn.Module, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch
     ) -> torch.Tensor:
-        """The velocity of the frozen base: the model with the LoRA off, and beta not told."""
+        """The velocity of the frozen base: the model with the LoRA off, beta not told, and attention dense, as it is in
+        every teacher, whatever the method that the model is trained with."""
         self._told = None
-        with without_lora(self.transformer):
+        with without_lora(self.transformer), self.dense():
             return self.without_gradients(model, shown, sigma, texts, batch)
 
     def of_teacher(self, shown: torch.Tensor, sigma: torch.Tensor, texts: Sequence[Text], batch: Batch) -> torch.Tensor:
@@ -108,6 +109,7 @@ class GuidedLora(FlowLora):
         self._told = beta  # and stays told: checkpointed blocks run again for the gradients
         if not gradients:
             return self.without_gradients(model, shown, sigma, texts, batch)
+        self.forget()
         return self.recipe.backbone.velocity(model, shown, sigma, texts, batch).float()
 
     def sample(self, transformer: nn.Module, texts: tuple[Text, Text], request: SampleRequest) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -360,6 +361,7 @@ class FlowLora(FlowPhase):
         config = recipe.config
         super().__init__("train", config.train, recipe, config.flow.caption_dropout, config.flow.unconditional)
         self._handle: Handle | None = None
+        self._turn = 0  # of methods whose plans differ from step to step
         if config.model.quantise != "none":
             self.whole_weights = f"model.quantise is {config.model.quantise}, whose matrices must be whole"
         if config.model.offload_blocks:
@@ -398,6 +400,7 @@ class FlowLora(FlowPhase):
         shown = backbone.noised(latents, noise, sigma)
         if scale is not None:
             without = self.without_gradients(model, shown, sigma, [self.nothing()] * len(shown), batch)
+        self.forget()
         made = backbone.velocity(model, shown, sigma, texts, batch).float()
         if scale is not None:
             # GFT (arXiv 2501.15420) at the fixed beta = 1 / scale: what fits the flow is the model's mixture with its
@@ -419,12 +422,21 @@ class FlowLora(FlowPhase):
         finally:
             model.train(training)
 
+    def loss(self, model: nn.Module, batch: Batch, rng: Generators) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        self._turn = rng.places[0].step  # the same in all processes
+        return super().loss(model, batch, rng)
+
     def forget(self) -> None:
-        """Let sparse attention forget the last step, which a resumed run would not remember."""
+        """Let sparse attention forget the last pass, which a resumed run would not remember."""
         if self._handle is not None:
-            self._handle.reset()
+            self._handle.begin_anew(self._turn)
+
+    def dense(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block attention is dense, as that of a teacher."""
+        return contextlib.nullcontext() if self._handle is None else self._handle.dense()
 
     def validate(self, model: nn.Module, folder: Path, step: int) -> dict[str, float]:
+        self._turn = 0
         self.forget()
         return super().validate(model, folder, step)
 

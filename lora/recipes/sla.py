@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -250,8 +249,7 @@ class SparseLinear(FlowLora):
             half = torch.autocast(shown.device.type, precision, enabled=precision != torch.float32)
             with torch.no_grad(), half:
                 return backbone.velocity(teacher, shown, sigma, texts, batch).float()
-        dense = self._handle.dense() if self._handle is not None else contextlib.nullcontext()
-        with without_lora(self.transformer), dense:
+        with without_lora(self.transformer), self.dense():
             return self.without_gradients(model, shown, sigma, texts, batch)
 
     def write_adapter(self, folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
@@ -267,7 +265,10 @@ class SparseLinear(FlowLora):
             shown = backbone.noised(latents, noise, sigma)
             wanted = self._dense(model, shown, sigma, batch["texts"], batch)
             made = self.without_gradients(model, shown, sigma, batch["texts"], batch)
-            return {"gap": backbone.error(made, wanted).mean(), "square": wanted.square().mean()}
+            return {
+                "gap": backbone.error(made, wanted).mean(),
+                "square": backbone.error(torch.zeros_like(wanted), wanted).mean(),
+            }
 
         values = super().validate(model, folder, step)
         recipe = self.recipe

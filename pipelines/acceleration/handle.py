@@ -100,6 +100,17 @@ class Handle:
         for installed in self._installed:
             installed.engine.reset()
 
+    def begin_anew(self, turn: int = 0) -> None:
+        """Forget all records and what the method remembers of the last run: a step of a training must not depend on
+        those before it, which a resumed one has not seen.
+
+        Args:
+            turn: with which methods begin whose plans differ from step to step, such as LVSA's.
+        """
+        self._clock.forget_notes()
+        for installed in self._installed:
+            installed.engine.begin_anew(turn)
+
     @contextlib.contextmanager
     def dense(self) -> Iterator[None]:
         """All calls stay dense inside the block, as if nothing were accelerated."""

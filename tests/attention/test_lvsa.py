@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from vidaccel.attention import LVSA, DenseSchedule, PlanMemory, SparseAttention, StepInfo, VideoLayout
+from vidaccel.attention.heads import ALL_HEADS
 from vidaccel.attention.methods.base import OutOfReach
 
 LAYOUTS = [
@@ -152,6 +153,21 @@ def test_what_is_given_beside_a_density_is_kept_or_refused():
     for name, value in (("window", 2.7), ("window", "3"), ("interval", 2.5), ("reference", "9")):
         with pytest.raises(ValueError, match=f"LVSA {name} is {value!r}: it must be a whole number"):
             LVSA.for_density(layout, 0.5, **{name: value})
+
+
+@torch.no_grad()
+def test_a_run_that_begins_at_a_turn_goes_on_from_there():
+    config, layout = LVSA(window=2, interval=4), VideoLayout(17, 2, 3)
+    x = torch.randn(1, 1, layout.tokens, 4)
+    engine = SparseAttention(config, num_layers=1)
+    engine.enter(StepInfo(), layout)
+    for begun in (0, 3, 6):
+        engine.begin_anew(begun)
+        for step in range(2):
+            engine.enter(StepInfo(step=step), layout)
+            plan = engine._plan(x, x, x, 0, 0, ALL_HEADS)
+            assert plan.to_dense_mask()[0, 0].equal(by_pairs(config, layout, begun + step))
+    assert len(engine.memory._of_place((layout, x.device), 1)) == 4  # masks of each turn, which are made once
 
 
 def test_layers_and_guidance_branches_have_the_anchors_of_the_step():

@@ -290,6 +290,22 @@ def test_an_interrupted_run_ends_bit_equal(finished, tmp_path, text_base, stop_a
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
 
 
+def test_the_base_that_teaches_is_dense(tmp_path, text_base):
+    size = {"frames": 9, "height": 64, "width": 64}
+    attention = {"method": "radial", "density": 0.6, "dense_layers": 0, "block_size": 8}
+    made = recipe(settings(tmp_path, text_base, attention=attention, data={"sizes": [size]}))
+    phase = made.phases()[0]
+    model = phase.setup({})
+    shown, sigma, texts = torch.randn(1, 8, 3, 8, 8), torch.tensor([0.5]), [phase.nothing()]
+    taught = phase.of_base(model, shown, sigma, texts, {})
+    with torch.no_grad():
+        dense = made.backbone.velocity(made.backbone.transformer().eval(), shown, sigma, texts, {})
+    torch.testing.assert_close(taught, dense.float())
+    student = phase.guided(model, shown, sigma, texts, {}, torch.ones(1), gradients=False)
+    assert not torch.allclose(student, taught, atol=1e-4)
+    phase.close()
+
+
 def test_sparse_attention_and_the_data_loss(tmp_path, text_base):
     size = {"frames": 9, "height": 128, "width": 128}
     attention = {"method": "radial", "density": 0.6, "dense_layers": 1}

@@ -22,6 +22,7 @@ from vidaccel.lora.checkpoints.checkpoint import CheckpointError
 from vidaccel.lora.config import ConfigError
 from vidaccel.lora.distributed.generators import Generators, Place
 from vidaccel.lora.trainer import Diverged, Stopped
+from vidaccel.pipelines.acceleration.handle import Handle
 
 KINDS = {
     "text": {},
@@ -338,11 +339,20 @@ def test_a_method_that_learns_has_a_recipe_of_its_own(tmp_path, text_base):
         run("lora", write(tmp_path, text_base, attention={"method": "sla"}))
 
 
-def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, stop_after):
-    """With the pass without gradients, for which a method could remember the step before."""
+@pytest.mark.parametrize(
+    ("method", "flow"),
+    [
+        ("svg2", {"guidance_preserving": 2}),  # a pass without gradients, for which it could remember the step before
+        ("svg", {}),  # counts its calls
+    ],
+)
+def test_a_sparse_run_that_was_interrupted_ends_bit_equal(method, flow, tmp_path, text_base, stop_after, monkeypatch):
+    begun = []
+    begin = Handle.begin_anew
+    monkeypatch.setattr(Handle, "begin_anew", lambda self, turn=0: begun.append(turn) or begin(self, turn))
     sections = {
-        "attention": {"method": "svg2", "density": 0.5, "dense_layers": 0},
-        "flow": {"guidance_preserving": 2},
+        "attention": {"method": method, "density": 0.7, "dense_layers": 0},
+        "flow": flow,
         "loop": {"validate_every": 1},  # with samples, which go through the method as well
     }
     run("lora", write(tmp_path, text_base, **sections), [f"out={tmp_path / 'straight'}"])
@@ -352,6 +362,7 @@ def test_a_sparse_run_that_was_interrupted_ends_bit_equal(tmp_path, text_base, s
     run("lora", tmp_path / "a.yaml", resume="latest")
     straight, resumed = (load_file(tmp_path / n / "phases" / "train.safetensors") for n in ("straight", "run"))
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert {0, 1} <= set(begun)  # the number of the step, however its noise level compares with that of the last
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
