@@ -3,12 +3,13 @@
     python benchmarks/sla_demo.py --steps 5000 --decay 1000 --prompts 64 --processes 2
     python benchmarks/sla_demo.py --blocks 2 --start runs/sla_demo --work runs/sla_demo_2 --steps 600 --decay 150
     python benchmarks/sla_demo.py --blocks 4 --block 16 --work runs/sla_demo_16 --steps 3200 --decay 1000
+    python benchmarks/sla_demo.py --blocks 4 --block 16 --work runs/sla_demo_16 --steps 8000 --decay 2000
 
 Trains with the ready settings `demo_sla` in two arms, with linear attention over all keys and with block-sparse
 attention alone, in turn and equally long (a call goes on where the last one stopped; the learning rate falls in the
 last steps). Then it makes the videos of held-out prompts with dense attention, with both arms, with the same blocks
 untrained, and with Tangent at the same density, from the same seeds. The second line goes on from there with twice the
-blocks; the third begins anew with as much of the keys in blocks of half the size. Results go to
+blocks; the third begins anew with as much of the keys in blocks of half the size, and the fourth goes on. Results go to
 `benchmarks/results/sla_demo*`, one section for each number of blocks; with `--untrained` the rows that need no training
 are measured anew, and the others stay.
 """
@@ -239,6 +240,7 @@ def write_page(out: Path) -> None:
         both = " Both arms have seen the same clips, noise and levels at each step." if len(found["steps"]) > 1 else ""
         steps = " and ".join(f"{number:,}" for number in sorted(set(found["steps"].values())))
         before = ", went on from the arms with fewer blocks" if found["went_on"] else ""
+        before += f", {found['rate']}" if "rate" in found else ""  # by hand, where it did not fall once
         text += (
             f"\n\n**{reads} key blocks of {TOKENS // there} tokens** in every layer and step of the built-in Wan "
             f"model, {100 - 100 * blocks / there:.1f} % sparse. One table has the videos of "

@@ -8,7 +8,7 @@ from comfy_api.latest import io
 
 from ..pipelines.guidance_cache.settings import GuidanceCache
 from .native.guidance_cache import cache_guidance, guidance_log
-from .report.wording import said_of_inputs
+from .report.wording import InputError, said_of_inputs
 from .report_node import Report
 from .schema import accepted
 
@@ -65,6 +65,8 @@ class VidaccelGuidanceCache(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, every: int, first_percent: float, extrapolation: float) -> io.NodeOutput:
+        if not 0 <= first_percent <= 1:
+            raise InputError(f"first_percent is {first_percent:g}: it is a share of the steps, from 0 to 1.")
         with said_of_inputs("GuidanceCache", first_steps="first_percent"):
             settings = GuidanceCache(every, first_steps=float(first_percent), extrapolation=extrapolation)
         log = guidance_log()

@@ -23,18 +23,27 @@ class Watched:
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[Callable[[], object], object]] = {}
+        self._known: dict[tuple[str, str], tuple[Callable[[], object], object]] = {}
         self._changes = 0
 
-    def remember(self, place: str | Path, state: Callable[[], object]) -> None:
-        """A node has read or written a place, whose `state` is looked at from now on."""
-        self._known[str(place)] = state, state()
+    def remember(self, place: str | Path, state: Callable[[], object], kind: str = "") -> None:
+        """A node has read or written a place, whose `state` is looked at from now on.
+
+        Args:
+            kind: of the state, where nodes look at one place in several ways.
+        """
+        key, now = (str(place), kind), state()
+        # Others may have read it before, and what they made of it is old.
+        self._changes += key in self._known and self._known[key][1] != now
+        self._known[key] = state, now
 
     def changes(self) -> int:
-        """How often it was seen that some place was not as a node had left it."""
-        now = {place: (state, state()) for place, (state, _) in self._known.items()}
-        self._changes += now != self._known
-        self._known = now
+        """How often it was seen that some place was not as a node had left it. Such a one is watched again once a node
+        has come to it again."""
+        changed = [key for key, (state, known) in self._known.items() if state() != known]
+        for key in changed:
+            del self._known[key]
+        self._changes += bool(changed)
         return self._changes
 
 
@@ -49,7 +58,7 @@ def read(place: str | Path, state: Callable[[Path], object] | None = None) -> Pa
         place: a file or a folder. state: tells whether it has changed; None for `state_of`.
     """
     path, look = Path(place).expanduser(), state or state_of
-    READ.remember(path, lambda: look(path))
+    READ.remember(path, lambda: look(path), look.__name__)
     return path
 
 

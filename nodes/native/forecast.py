@@ -145,7 +145,7 @@ class _Cached:
             fix = _kept(self._settings, self._count) or _advice(list(filter(math.isfinite, self._refused)), new_noise)
             if self._moved:
                 fix = "context windows moved from step to step, which leaves none to go on: take static ones"
-            elif 2 * asked > count:
+            elif 2 * asked > len({place[:2] for place in self._evaluations}):
                 fix = changed(asked)
             self._log.tell(logging.WARNING, f"all {count} {unit} were computed; {fix}.")
         self._forget()

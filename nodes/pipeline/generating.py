@@ -162,7 +162,9 @@ def _options(pipeline: VideoPipeline) -> dict[str, Any]:
         options["precision"] = chosen_precision(acceleration.precision)
         options |= {"adapter": acceleration.adapters, "base": pipeline.facts.location}
     if preset is not None:
-        options |= {"beside": preset, "base": pipeline.facts.location}
+        # What the run has of these two stands in its settings, and was looked at there.
+        levers = preset.replace(num_inference_steps=None, guidance_scale=None)
+        options |= {"beside": levers, "base": pipeline.facts.location}
         for name, value in {"backend": preset.backend, "precision": preset.precision, "adapter": preset.sla}.items():
             options.setdefault(name, value)
     return options

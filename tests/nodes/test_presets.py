@@ -131,6 +131,16 @@ def test_what_a_preset_cannot_do_with_a_video_is_refused_before_it_runs(pipeline
         generate(with_preset(pipeline, preset), settings(**changes), on_step=lambda *_: pytest.fail("a step was made"))
 
 
+def test_what_the_node_says_itself_is_not_held_against_the_preset(pipeline):
+    beyond = ONE_PASS.replace(guidance_scale=30.0)
+    assert "guidance 3 in one pass" in report_text(
+        made(with_preset(pipeline, beyond), guidance_scale=3.0).report.news()
+    )
+    short = with_preset(pipeline, Preset(name="a", cache=Cache("forecast"), num_inference_steps=4))
+    both = short.accelerated(Acceleration(density=0.5, dense_start_percent=0.3, dense_end_percent=0.3))
+    assert "8 steps" in report_text(made(both, steps=8).report.news())
+
+
 def test_an_adapter_for_few_steps_in_a_preset_brings_its_steps():
     pipeline = load("demo-dc", "auto", Residency(torch.device("cpu"), lambda part, memory: None))
     few = Preset(name="few", guidance_free=(Path(demo.path(demo.DC), "transformer", "few_steps_4.safetensors"),))
@@ -155,7 +165,7 @@ def test_the_report_of_a_preset_speaks_of_presets(pipeline):
     preset = Preset(name="a", method=SPARSE, num_inference_steps=4, measured={"guidance_scale": 5.0}, model="other/one")
     text = report_text(made(with_preset(pipeline, preset), steps=3).report.news())
     assert text.startswith("svg2: first_steps 1, q_clusters 4, ") and "DenseSchedule" not in text
-    assert "the preset is for 4 steps (num_inference_steps), and a run has 3" in text and "handle" not in text
+    assert "handle" not in text
     assert "Note: The preset a was measured with steps 4 (here 3), guidance scale 5 (here 2)" in text
     assert "Note: The preset a was measured with other/one; with demo, " in text
 

@@ -26,6 +26,33 @@ def test_what_came_through_a_link_is_watched_once_it_was_read(tmp_path, monkeypa
     assert fingerprint(None, None) != changed
 
 
+def test_a_place_that_another_node_has_read_since_is_still_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(watched, "READ", Watched())
+    file = tmp_path / "adapter.safetensors"
+    file.write_text("trained")
+    read(file)
+    linked = fingerprint(None, None)
+    file.write_text("trained anew")
+    read(file)  # of a path that was typed
+    assert fingerprint(None, None) != linked
+
+
+def test_one_place_is_looked_at_in_each_way(tmp_path, monkeypatch):
+    monkeypatch.setattr(watched, "READ", Watched())
+
+    def whole(folder):
+        return len(list(folder.rglob("*")))
+
+    def part(folder):
+        return 0
+
+    read(tmp_path, whole)
+    read(tmp_path, part)
+    linked = fingerprint(None, None)
+    (tmp_path / "vae").mkdir()
+    assert fingerprint(None, None) != linked
+
+
 def test_what_was_typed_is_watched_by_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(watched, "READ", Watched())
     file, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
@@ -55,3 +82,7 @@ def test_a_folder_that_was_written_and_deleted(tmp_path):
     assert written.changes() == 0
     shutil.rmtree(folder)
     assert written.changes() == 1 == written.changes()
+    folder.mkdir()
+    (folder / PAGE).write_text("")
+    written.remember(folder, lambda: is_written(folder))
+    assert written.changes() == 1

@@ -43,7 +43,8 @@ def test_it_tells_how_far_off_the_best_forecast_would_have_been():
     with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 1e6))) as handle:
         generate(pipe, steps=4)
         (idle,) = handle.report().notes
-    assert idle.endswith("skipped no pass: a run of 4 steps has none that it may forecast; make more steps")
+    kept = "the first 3 (retention_steps) and last 1 (cache_end_steps) of 4 steps are computed"
+    assert idle.endswith(f"skipped no pass: {kept}; lower these, or make more steps")
     off = float(told.rpartition(" ")[2])
     with vidaccel.apply(pipe, Preset(cache=Cache("forecast", 1.01 * off))) as handle:
         assert not generate(pipe, steps=8).equal(plain)
