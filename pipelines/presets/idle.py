@@ -36,9 +36,9 @@ def idle_note(cache: Cache, passes: Iterable[PassRecord]) -> str:
         return f"{note}the schedule of sparse attention keeps all steps dense; keep fewer"
     counts = [p.num_steps for those in idle.values() for p in those if p.num_steps is not None]
     if cache.name == FORECAST and counts and (settings := forecast_settings(cache)).keeps_all(max(counts)):
-        kept = f"the first {max(settings.first_steps, FIRST)} (retention_steps) and last {settings.last_steps} "
+        told = f"the first {max(settings.first_steps, FIRST)} (retention_steps) and last {settings.last_steps} "
         lower = "lower these, or " * (max(counts) > FIRST)
-        return f"{note}{kept}(cache_end_steps) of {max(counts)} steps are computed; {lower}make more steps"
+        return f"{note}{told}(cache_end_steps) of {max(counts)} steps are computed; {lower}make more steps"
     kept = sum(bool(p.kept) for p in later)
     beside = f" (the schedule keeps {kept} of its {len(later)} passes dense)" if kept else ""
     return f"{note}{CACHES[cache.name].skips_more}{beside}"
