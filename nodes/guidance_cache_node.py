@@ -67,7 +67,7 @@ class VidaccelGuidanceCache(io.ComfyNode):
     def execute(cls, model: Any, every: int, first_percent: float, extrapolation: float) -> io.NodeOutput:
         if not 0 <= first_percent <= 1:
             raise InputError(f"first_percent is {first_percent:g}: it is a share of the steps, from 0 to 1.")
-        with said_of_inputs("GuidanceCache", first_steps="first_percent"):
+        with said_of_inputs("GuidanceCache"):
             settings = GuidanceCache(every, first_steps=float(first_percent), extrapolation=extrapolation)
         log = guidance_log()
         return io.NodeOutput(cache_guidance(model, settings, log), log)

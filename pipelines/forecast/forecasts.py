@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from ...attention import StepInfo
-from .settings import ForecastSettings
+from .settings import FIRST, ForecastSettings
 
-POINTS = 2  # of a straight line; the bend of the way is seen at the third
+POINTS = FIRST - 1  # of a straight line; the bend of the way is seen at the next
 # Rounded to nearest, numbers of a bell curve are off by this share of the precision (`finfo.eps`), by the root mean
 # square.
 ROUNDING = 0.19
